@@ -1,0 +1,218 @@
+"""One request as the queue sees it, and a batch of them: stack rows into one array per input, split rows out.
+
+What is not here: which requests go into a batch (core.queue) and what a valid request is (core.admission).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from kapsl_scheduler.errors import InferenceError
+from kapsl_scheduler.types import Array, ModelInfo, Priority, Tensors
+
+__all__ = ["Batch", "BatchPolicy", "Layout", "Pending", "Shape", "State"]
+
+
+class BatchPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """How batches form. Times are seconds, sizes are rows.
+
+    `max_batch_size`, `preferred_batch_sizes` and `max_queue_delay` mean what Triton's dynamic batcher means by
+    them; the delay holds only work below `LATENCY_CRITICAL`. `max_batch_time` cuts batches that `THROUGHPUT`
+    leads by their predicted time. `fill_slack`: rows of lower classes ride along while the batch's predicted
+    time stays within (1 + fill_slack) x the leaders' own. `background_slice`: the predicted time that a batch of
+    `BACKGROUND` may take, the bound on what it can add to a live request.
+    """
+
+    max_batch_size: int = 32
+    max_queue_delay: float = 0.0
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_batch_time: float | None = None
+    fill_slack: float = 0.25
+    background_slice: float = 0.005
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1:
+            raise ValueError(f"max_batch_size: expected at least 1, got {self.max_batch_size}")
+        for field in ("max_queue_delay", "fill_slack", "background_slice"):
+            value = getattr(self, field)
+            if not value >= 0:
+                raise ValueError(f"{field}: expected a number of at least 0, got {value}")
+        if self.max_batch_time is not None and not self.max_batch_time > 0:
+            raise ValueError(f"max_batch_time: expected more than 0 seconds, got {self.max_batch_time}")
+        wrong = [size for size in self.preferred_batch_sizes if not 1 <= size <= self.max_batch_size]
+        if wrong:
+            raise ValueError(
+                f"preferred_batch_sizes: expected sizes from 1 to max_batch_size ({self.max_batch_size}), got {wrong}"
+            )
+
+
+class Shape:
+    """What requests must have in common to share a batch: compared by identity, interned by admission.
+
+    `batchable` is False where a request never shares its call.
+    """
+
+    __slots__ = ("__weakref__", "batchable", "description")
+
+    def __init__(self, description: object, *, batchable: bool) -> None:
+        self.description = description
+        self.batchable = batchable
+
+    def __repr__(self) -> str:
+        return f"Shape({self.description!r}, batchable={self.batchable})"
+
+
+class State(enum.IntEnum):
+    """Where a request is. `RETURNED`: it ran in a batch that failed and waits to run alone."""
+
+    NEW = 0
+    WAITING = 1
+    QUEUED = 2
+    RUNNING = 3
+    RETURNED = 4
+    DONE = 5
+
+
+class Pending(msgspec.Struct, eq=False):
+    """One request on its way: the one slotted object that it costs.
+
+    `inputs` carry the batch axis; `bare` says that the caller's array lacked it. `deadline` is absolute, infinite
+    if there is none; `urgency` is what orders the class (the deadline, or arrival + the default horizon).
+    `future`, `stream` and `home` belong to the runtime and are opaque here.
+    """
+
+    inputs: dict[str, Array]
+    rows: int
+    shape: Shape
+    bare: bool
+    priority: Priority
+    arrival: float
+    deadline: float
+    urgency: float
+    nbytes: int
+    future: Any
+    home: Any = None
+    request_id: str | None = None
+    tenant: str | None = None
+    pin: int | None = None
+    stream: Any = None
+    sequence: int = 0
+    state: State = State.NEW
+    lane: Any = None
+    losses: int = 0
+
+
+class Batch(msgspec.Struct, eq=False):
+    """Members of one engine call, leaders first. `rows_by_class` and `backlog` (which classes still had work
+    queued when this one started) feed the shares."""
+
+    members: list[Pending]
+    rows: int
+    shape: Shape
+    leader: Priority
+    rows_by_class: tuple[int, ...]
+    backlog: tuple[bool, ...]
+    started: float
+
+
+class Layout:
+    """The batch axes of a model's tensors: how requests are stacked and answers split.
+
+    Every batched tensor carries its batch axis; a tensor that a model does not declare has it at 0. An input
+    whose axis is None is the same for all members of a batch, and is passed once.
+    """
+
+    __slots__ = ("_input_axes", "_output_axes")
+
+    _UNDECLARED: Final = 0
+
+    def __init__(self, info: ModelInfo) -> None:
+        self._input_axes = {spec.name: spec.batch_axis for spec in info.inputs}
+        self._output_axes = {spec.name: spec.batch_axis for spec in info.outputs}
+
+    def stack(self, members: Sequence[Pending]) -> Tensors:
+        """One array per input. A lone member's arrays are passed on as they are, without a copy."""
+        first = members[0].inputs
+        if len(members) == 1:
+            return first
+        axes = self._input_axes
+        stacked: dict[str, Array] = {}
+        for name, array in first.items():
+            axis = axes.get(name, self._UNDECLARED)
+            if axis is None:
+                stacked[name] = array
+            else:
+                stacked[name] = np.concatenate([member.inputs[name] for member in members], axis)
+        return stacked
+
+    def split(self, outputs: Tensors, batch: Batch) -> Sequence[dict[str, Array]]:
+        """Each member's rows of every output, in the members' order, as views.
+
+        Raises `InferenceError` where an output does not have the batch's rows on its batch axis.
+        """
+        members = batch.members
+        if not batch.shape.batchable:
+            return [dict(outputs)]
+        axes = [self._output_axes.get(name, self._UNDECLARED) for name in outputs]
+        for axis, (name, array) in zip(axes, outputs.items(), strict=True):
+            if axis is not None and (array.ndim <= axis or array.shape[axis] != batch.rows):
+                raise InferenceError(
+                    f"output {name!r}: expected {batch.rows} rows on axis {axis}, got shape {list(array.shape)}"
+                )
+        if batch.rows == len(members) and len(axes) == 1 and axes[0] == 0:
+            return _single_rows(outputs, members)
+        return [*_any_rows(outputs, members, axes)]
+
+    def row(self, outputs: Tensors) -> dict[str, Array]:
+        """Outputs of one row without their batch axis; what does not have just one row there stays as it is."""
+        axes = self._output_axes
+        plain: dict[str, Array] = {}
+        for name, array in outputs.items():
+            axis = axes.get(name, self._UNDECLARED)
+            lone = axis is not None and array.ndim > axis and array.shape[axis] == 1
+            plain[name] = array[(slice(None),) * axis + (0,)] if lone and axis is not None else array
+        return plain
+
+    def join(self, parts: Sequence[Tensors]) -> dict[str, Array]:
+        """The outputs of one request that was split into several calls, joined again in order."""
+        axes = self._output_axes
+        joined: dict[str, Array] = {}
+        for name, array in parts[0].items():
+            axis = axes.get(name, self._UNDECLARED)
+            joined[name] = array if axis is None else np.concatenate([part[name] for part in parts], axis)
+        return joined
+
+    def slice_inputs(self, inputs: Tensors, start: int, stop: int) -> dict[str, Array]:
+        """Rows [start, stop) of one request's inputs, as views."""
+        axes = self._input_axes
+        part: dict[str, Array] = {}
+        for name, array in inputs.items():
+            axis = axes.get(name, self._UNDECLARED)
+            part[name] = array if axis is None else array[(slice(None),) * axis + (slice(start, stop),)]
+        return part
+
+
+def _single_rows(outputs: Tensors, members: Sequence[Pending]) -> list[dict[str, Array]]:
+    """The common case, kept tight: one output, one row each, rows on axis 0."""
+    ((name, array),) = outputs.items()
+    return [{name: array[i] if member.bare else array[i : i + 1]} for i, member in enumerate(members)]
+
+
+def _any_rows(outputs: Tensors, members: Sequence[Pending], axes: Sequence[int | None]) -> Iterable[dict[str, Array]]:
+    start = 0
+    for member in members:
+        stop = start + member.rows
+        part: dict[str, Array] = {}
+        for axis, (name, array) in zip(axes, outputs.items(), strict=True):
+            if axis is None:
+                part[name] = array
+            else:
+                index = start if member.bare else slice(start, stop)
+                part[name] = array[(slice(None),) * axis + (index,)]
+        yield part
+        start = stop

@@ -1,0 +1,203 @@
+"""The containers under the queue: a lane holds requests that may share a batch, a class its lanes.
+
+Order and removal live here; which class leads, how large a batch is and what a full queue does: core.queue.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from kapsl_scheduler.core.batch import Pending, Shape, State
+from kapsl_scheduler.core.latency import LatencyTable
+from kapsl_scheduler.types import Priority
+
+__all__ = ["ClassQueue", "Lane", "Slot", "most_urgent"]
+
+QUEUED: Final = State.QUEUED
+RETURNED: Final = State.RETURNED
+_EMPTY_LANES: Final = 32  # empty lanes kept for the next request of their kind
+_GARBAGE: Final = 64  # dead entries tolerated beyond the live ones before a container is rebuilt
+
+
+class Slot:
+    """One engine slot as the queue sees it: who pulls, and what it may be given.
+
+    `engine` is the index that pinned requests name; `calls` and `streams` say which kinds this slot runs.
+    """
+
+    __slots__ = ("calls", "engine", "latency", "streams")
+
+    def __init__(self, engine: int, latency: LatencyTable, *, calls: bool = True, streams: bool = True) -> None:
+        self.engine = engine
+        self.latency = latency
+        self.calls = calls
+        self.streams = streams
+
+    def accepts(self, pin: int | None, *, stream: bool) -> bool:
+        return (self.streams if stream else self.calls) and (pin is None or pin == self.engine)
+
+
+class Lane:
+    """Queued requests of one class, shape, tenant and pin, by urgency, then arrival.
+
+    Requests whose urgency does not fall stand in a plain queue, the few others in a heap: deadlines mostly come
+    in order, and then a push and a pop cost no comparison with the rest. What was cancelled or evicted is
+    skipped when met, and swept when it outnumbers the living.
+    """
+
+    __slots__ = ("_fifo", "_heap", "count", "pin", "rows", "shape", "stream", "tenant")
+
+    def __init__(self, shape: Shape, tenant: str | None, pin: int | None, *, stream: bool) -> None:
+        self.shape = shape
+        self.tenant = tenant
+        self.pin = pin
+        self.stream = stream
+        self.count = 0
+        self.rows = 0
+        self._fifo: deque[Pending] = deque()
+        self._heap: list[tuple[float, int, Pending]] = []
+
+    def push(self, item: Pending) -> None:
+        fifo = self._fifo
+        if not fifo or item.urgency >= fifo[-1].urgency:
+            fifo.append(item)
+        else:
+            heapq.heappush(self._heap, (item.urgency, item.sequence, item))
+        self.count += 1
+        self.rows += item.rows
+
+    def head(self) -> Pending | None:
+        """The most urgent request, left in place."""
+        fifo, heap = self._fifo, self._heap
+        while fifo and fifo[0].state is not QUEUED:
+            fifo.popleft()
+        if not heap:
+            return fifo[0] if fifo else None
+        while heap and heap[0][2].state is not QUEUED:
+            heapq.heappop(heap)
+        if not heap:
+            return fifo[0] if fifo else None
+        if fifo and (fifo[0].urgency, fifo[0].sequence) < heap[0][:2]:
+            return fifo[0]
+        return heap[0][2]
+
+    def pop_head(self, item: Pending) -> None:
+        """Take out what `head` has just returned."""
+        fifo = self._fifo
+        if fifo and fifo[0] is item:
+            fifo.popleft()
+        else:
+            heapq.heappop(self._heap)
+        self.count -= 1
+        self.rows -= item.rows
+
+    def discard(self, item: Pending) -> None:
+        """Account for a request that leaves from anywhere; its state no longer says QUEUED."""
+        self.count -= 1
+        self.rows -= item.rows
+        if len(self._fifo) + len(self._heap) > 2 * self.count + _GARBAGE:
+            self._fifo = deque(item for item in self._fifo if item.state is QUEUED)
+            self._heap = [entry for entry in self._heap if entry[2].state is QUEUED]
+            heapq.heapify(self._heap)
+
+    def __iter__(self) -> Iterator[Pending]:
+        """The living, in no particular order."""
+        for item in self._fifo:
+            if item.state is QUEUED:
+                yield item
+        for _, _, item in self._heap:
+            if item.state is QUEUED:
+                yield item
+
+
+class ClassQueue:
+    """The requests of one class: its lanes, those returned to run alone, and the order of arrival."""
+
+    __slots__ = ("_arrivals", "_lanes", "count", "priority", "returned", "rows", "urged")
+
+    def __init__(self, priority: Priority) -> None:
+        self.priority = priority
+        self.count = 0
+        self.rows = 0
+        self.returned: deque[Pending] = deque()
+        self.urged = float("-inf")  # when more urgent work last arrived: it ends the delay of what was there
+        self._lanes: dict[object, Lane] = {}
+        self._arrivals: deque[Pending] = deque()
+
+    def push(self, item: Pending) -> None:
+        shape = item.shape
+        key: object = shape
+        if item.tenant is not None or item.pin is not None or item.stream is not None:
+            key = (shape, item.tenant, item.pin, item.stream is not None)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._new_lane(key, item)
+        item.state = QUEUED
+        item.lane = lane
+        lane.push(item)
+        self.count += 1
+        self.rows += item.rows
+        arrivals = self._arrivals
+        arrivals.append(item)
+        if len(arrivals) > 2 * self.count + _GARBAGE:
+            self._arrivals = deque(item for item in arrivals if item.state is QUEUED)
+
+    def discard(self, item: Pending) -> None:
+        """Account for a queued request that leaves from anywhere; its state no longer says QUEUED."""
+        self.count -= 1
+        self.rows -= item.rows
+        item.lane.discard(item)
+
+    def lanes(self, slot: Slot) -> list[Lane]:
+        """The lanes with work that the slot may run."""
+        return [lane for lane in self._lanes.values() if lane.count and slot.accepts(lane.pin, stream=lane.stream)]
+
+    def next_returned(self, slot: Slot) -> Pending | None:
+        """The first request that waits to run alone and may run on this slot, taken out."""
+        returned = self.returned
+        while returned and returned[0].state is not RETURNED:
+            returned.popleft()
+        for index, item in enumerate(returned):
+            if item.state is RETURNED and slot.accepts(item.pin, stream=False):
+                del returned[index]
+                return item
+        return None
+
+    def newest_first(self) -> Iterator[Pending]:
+        """The queued requests from the last to arrive."""
+        arrivals = self._arrivals
+        while arrivals and arrivals[-1].state is not QUEUED:
+            arrivals.pop()
+        return (item for item in reversed(arrivals) if item.state is QUEUED)
+
+    def oldest_first(self) -> Iterator[Pending]:
+        """The queued requests from the first to arrive."""
+        arrivals = self._arrivals
+        while arrivals and arrivals[0].state is not QUEUED:
+            arrivals.popleft()
+        return (item for item in arrivals if item.state is QUEUED)
+
+    def _new_lane(self, key: object, item: Pending) -> Lane:
+        if len(self._lanes) > _EMPTY_LANES:
+            self._lanes = {key: lane for key, lane in self._lanes.items() if lane.count}
+        lane = Lane(item.shape, item.tenant, item.pin, stream=item.stream is not None)
+        self._lanes[key] = lane
+        return lane
+
+
+def most_urgent(lanes: Sequence[Lane], cost: Mapping[str | None, float]) -> Lane | None:
+    """The lane that goes first: the tenant with the least cost served, then urgency, then arrival."""
+    if len(lanes) == 1:
+        return lanes[0] if lanes[0].count else None
+    best: tuple[float, float, int] | None = None
+    chosen: Lane | None = None
+    for lane in lanes:
+        head = lane.head()
+        if head is not None:
+            order = (cost.get(lane.tenant, 0.0), head.urgency, head.sequence)
+            if best is None or order < best:
+                best, chosen = order, lane
+    return chosen

@@ -1,0 +1,124 @@
+"""The error tree. Every failure that a caller can see is one of these.
+
+Each class carries `code` (a stable word for logs and wire formats) and `retryable` (may the same request
+succeed later, unchanged?). What is not here: the table from error to HTTP status, which belongs to the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+__all__ = [
+    "Backend",
+    "Cancelled",
+    "DeadlineExceeded",
+    "EngineError",
+    "InferenceError",
+    "InvalidInput",
+    "InvalidPackage",
+    "ModelLoadError",
+    "ModelNotLoaded",
+    "Overloaded",
+    "ResourceExhausted",
+    "Unavailable",
+]
+
+
+class EngineError(Exception):
+    """Base of everything that a request or a model can fail with.
+
+    `retry_after` is the number of seconds after which trying again is sensible, where that is known.
+    """
+
+    code: ClassVar[str] = "engine_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def fresh(self) -> EngineError:
+        """A new instance of the same error, for another caller: an instance that several tasks raise
+        would collect all their tracebacks."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.args = self.args
+        twin.__cause__ = self.__cause__
+        return twin
+
+
+class InvalidInput(EngineError):
+    """The request does not fit the model: the message names the input, what came and what was expected."""
+
+    code = "invalid_input"
+
+
+class ModelNotLoaded(EngineError):
+    """No model of that name (and version) is loaded."""
+
+    code = "model_not_loaded"
+
+
+class ModelLoadError(EngineError):
+    """A model could not be loaded."""
+
+    code = "model_load_error"
+
+
+class InvalidPackage(ModelLoadError):
+    """A package or its manifest is faulty. `faults` has every fault found, each with its path."""
+
+    code = "invalid_package"
+
+    def __init__(self, faults: Sequence[str], *, source: str = "package") -> None:
+        self.faults = tuple(faults)
+        super().__init__(f"{source}: " + "; ".join(self.faults))
+
+
+class Overloaded(EngineError):
+    """There was no room for the request, or it had to make room for a more urgent one."""
+
+    code = "overloaded"
+    retryable = True
+
+
+class DeadlineExceeded(EngineError, TimeoutError):
+    """The request's timeout passed, or would pass before its batch could be done."""
+
+    code = "deadline_exceeded"
+    retryable = True
+
+
+class Cancelled(EngineError):
+    """Somebody other than the awaiting caller cancelled the request."""
+
+    code = "cancelled"
+
+
+class Unavailable(EngineError):
+    """Nothing can serve the request now: the scheduler is closed or closing, or its engines are lost.
+
+    An engine raises it to say that it is lost: it is not asked again until its health check succeeds.
+    """
+
+    code = "unavailable"
+    retryable = True
+
+
+class ResourceExhausted(EngineError):
+    """A fixed limit (bytes, memory) cannot hold the request, now or later."""
+
+    code = "resource_exhausted"
+
+
+class InferenceError(EngineError):
+    """The engine failed while it ran the request. `__cause__` is what the engine raised."""
+
+    code = "inference_error"
+
+
+class Backend(EngineError):
+    """The runtime below the engine (a driver, a device, a library) failed."""
+
+    code = "backend"

@@ -1,0 +1,1 @@
+"""The async shell around core: event loop, engine threads, timers."""

@@ -1,0 +1,293 @@
+"""Dispatch: a queue, its lock, and the slots that pull from it.
+
+Slots change the queue here and under that lock, which is never held across an engine call or a callback.
+What is not here: how a slot runs what it pulled (runtime.worker), what an outcome means for its callers
+(runtime.scheduler).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from kapsl_scheduler.core.admission import Admission
+from kapsl_scheduler.core.batch import Batch, BatchPolicy, Layout, Pending
+from kapsl_scheduler.core.lanes import Slot
+from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy, RequestQueue
+from kapsl_scheduler.errors import Unavailable
+from kapsl_scheduler.ports import Clock, Engine
+from kapsl_scheduler.runtime.metrics import EngineHealth
+from kapsl_scheduler.runtime.worker import EngineState, Outcome, TaskWorker, ThreadWorker, Worker
+
+__all__ = ["Dispatch"]
+
+logger = logging.getLogger(__name__)
+
+LOOP_BLOCK_LIMIT: Final = 1e-3
+"""Seconds: one call on the loop's thread above it, and the engine keeps to its own thread for good. It is ten times the
+limit by which warm-up decides, because wall time under load includes whoever else was given the processor."""
+
+
+class Dispatch:
+    """A queue, its lock, and the slots that pull from it.
+
+    `on_outcomes` is called on the loop with the outcomes of calls and with the requests that were found too late, in
+    one wake-up for all that ended since the last.
+    """
+
+    def __init__(
+        self,
+        batch: BatchPolicy,
+        queue: QueuePolicy,
+        clock: Clock,
+        on_outcomes: Callable[[Dispatch, list[Outcome], list[Pending]], None],
+    ) -> None:
+        self.batch_policy = batch
+        self.queue = RequestQueue(batch, queue)
+        self.clock = clock
+        self.lock = threading.Lock()
+        self.layout: Layout
+        self.admission: Admission
+        self.loop: asyncio.AbstractEventLoop
+        self.engines: list[EngineState] = []
+        self.workers: list[Worker] = []
+        self.calls_in_flight = 0
+        self.streams_in_flight = 0
+        self.longest_loop_call = 0.0
+        self.stopping = False
+        self._on_outcomes = on_outcomes
+        self._idle: list[Worker] = []
+        self._armed = False
+        self._outcomes: list[Outcome] = []
+        self._late: list[Pending] = []
+        self._notified = False
+
+    # ------------------------------------------------------------------------------------- lifecycle
+
+    async def load(self, engines: Iterable[Engine], workers_per_engine: int) -> None:
+        """Load and warm up every engine in the thread of its first slot. Raises what `load` raises, as
+        `ModelLoadError` where that is no `EngineError`."""
+        self.loop = asyncio.get_running_loop()
+        self.engines = [EngineState(index, engine) for index, engine in enumerate(engines)]
+        for state in self.engines:
+            kind = TaskWorker if inspect.iscoroutinefunction(state.engine.infer) else ThreadWorker
+            streams = state.engine.max_streams
+            slots = [Slot(state.index, state.latency, streams=not streams) for _ in range(workers_per_engine)]
+            slots += [Slot(state.index, state.latency, calls=False) for _ in range(streams)]
+            self.workers += [kind(self, state, slot, number) for number, slot in enumerate(slots)]
+        self.queue.slots = sum(worker.slot.calls for worker in self.workers)
+        owners = [worker for worker in self.workers if worker.owns_engine]
+        for worker in owners:
+            worker.start()
+        await _all_done(worker.loaded for worker in owners)
+
+    async def serve(self, admission: Admission) -> None:
+        """Measure the engines that may run on the loop's thread, then let the slots pull."""
+        self.layout = Layout(admission.info)
+        self.admission = admission
+        owners = [worker for worker in self.workers if worker.owns_engine]
+        for worker in owners:
+            worker.go()
+        await _all_done(worker.measured for worker in owners)
+        for state in self.engines:
+            state.ready = True
+        for worker in self.workers:
+            if worker.owns_engine:
+                worker.go()
+            else:
+                worker.start()
+
+    def shut(self) -> tuple[list[Pending], list[Pending]]:
+        """Let no slot pull any more. Returns who waited for room, and who was queued or is running."""
+        with self.lock:
+            self.stopping = True
+            self._idle.clear()
+            waiting, admitted = self.queue.clear()
+        return waiting, admitted + self.running()
+
+    async def stop(self, patience: float) -> list[str]:
+        """End the slots and unload the engines. A slot whose call does not end within `patience` seconds is left
+        behind; returns the names of those."""
+        with self.lock:
+            self.stopping = True
+            self._idle.clear()
+        # The engine is unloaded by the slot that loaded it, when its other slots have ended.
+        for owners in (False, True):
+            group = [worker for worker in self.workers if worker.started and worker.owns_engine is owners]
+            for worker in group:
+                worker.stop()
+            if group:
+                await asyncio.wait([worker.ended for worker in group], timeout=patience)
+        hung = [worker for worker in self.workers if worker.started and not worker.ended.done()]
+        for worker in hung:
+            worker.abandon()
+            logger.error("%s: a call hangs; its slot is left behind", worker.name)
+        return [worker.name for worker in hung]
+
+    # ------------------------------------------------------------------------------ the loop's side
+
+    def arm(self) -> None:
+        """After a push: wake a slot at the end of this pass of the loop, so that all who are ready now join its batch.
+        Called under the lock."""
+        if self._idle and not self._armed:
+            self._armed = True
+            self.loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        """Wake one idle slot (it wakes the next if there is more to do), or run its batch here."""
+        with self.lock:
+            self._armed = False
+            worker = self._claim_idle()
+            if worker is None:
+                return
+            batch: Batch | None = None
+            if worker.state.on_loop and self.queue.rows <= self.batch_policy.max_batch_size:
+                batch = self.pull(worker, worker.loop_slot)
+                if batch is None:
+                    self._idle.remove(worker)
+        if batch is None:
+            worker.wake()
+        else:
+            self._run_here(worker, batch)
+
+    def _claim_idle(self) -> Worker | None:
+        """An idle slot that may run something of what is there, taken off the idle list."""
+        for index in range(len(self._idle) - 1, -1, -1):
+            worker = self._idle[index]
+            if not worker.state.lost and self.queue.has_work(worker.slot):
+                return self._idle.pop(index)
+        return None
+
+    def _run_here(self, worker: Worker, batch: Batch) -> None:
+        outcome = worker.run_call(batch)
+        self.longest_loop_call = max(self.longest_loop_call, outcome.elapsed)
+        if outcome.elapsed > LOOP_BLOCK_LIMIT:
+            worker.state.on_loop = False
+        with self.lock:
+            self._account(outcome)
+            late, self._late = self._late, []
+            self._idle.append(worker)
+            if self.queue.queued:
+                self.arm()
+        self._on_outcomes(self, [outcome], late)
+
+    def _deliver(self) -> None:
+        with self.lock:
+            self._notified = False
+            outcomes, self._outcomes = self._outcomes, []
+            late, self._late = self._late, []
+        self._on_outcomes(self, outcomes, late)
+
+    @property
+    def works(self) -> bool:
+        """Whether there is an engine that is not lost."""
+        for state in self.engines:
+            if not state.lost:
+                return True
+        return not self.engines  # not loaded yet: its queue takes requests meanwhile
+
+    def take_over(self, item: Pending) -> None:
+        """Queue a request of a dispatch none of whose engines works. Called under the lock; raises `Overloaded`."""
+        self.queue.push(item, self.clock(), QueueOverflowPolicy.BLOCK, may_wait=False)
+        self.arm()
+
+    def running(self) -> list[Pending]:
+        """The members of the calls that are being made."""
+        batches = [worker.running for worker in self.workers]
+        return [item for batch in batches if batch is not None for item in batch.members]
+
+    def depth(self) -> int:
+        """Requests queued and running."""
+        with self.lock:
+            return self.queue.queued + len(self.running())
+
+    def health(self) -> list[EngineHealth]:
+        """Each engine: loading, ready, stuck or lost."""
+        now = self.clock()
+        found = []
+        for state in self.engines:
+            slots = [worker for worker in self.workers if worker.state is state]
+            if not state.ready:
+                status = "loading"
+            elif state.lost:
+                status = "lost"
+            else:
+                status = "stuck" if any(worker.is_stuck(now) for worker in slots) else "ready"
+            found.append(EngineHealth(state.name, status))
+        return found
+
+    # ------------------------------------------------------------------------------ the slots' side
+
+    def pull(self, worker: Worker, slot: Slot) -> Batch | None:
+        """The next batch for a slot, or a place on the idle list for its worker. Called under the lock."""
+        pull = self.queue.pull(self.clock(), slot)
+        if pull.expired:
+            self._late += pull.expired
+        if pull.batch is None:
+            worker.wake_at = pull.wake_at
+            self._idle.append(worker)
+        else:
+            if slot.calls:
+                self.calls_in_flight += 1
+            else:
+                self.streams_in_flight += 1
+            if self._idle and (other := self._claim_idle()) is not None:
+                other.wake()
+        return pull.batch
+
+    def next(self, worker: Worker) -> Batch | None:
+        """The next batch for a slot; None if it is to park."""
+        with self.lock:
+            batch = None if self.stopping or worker.state.lost else self.pull(worker, worker.slot)
+            late = bool(self._late)
+        if late:
+            self.record(None)
+        return batch
+
+    def unpark(self, worker: Worker) -> bool:
+        """A slot's wait ran out: whether it may pull. If not, somebody has claimed it and will wake it."""
+        with self.lock:
+            if worker in self._idle:
+                self._idle.remove(worker)
+                return True
+            return False
+
+    def recovered(self, state: EngineState) -> None:
+        """A lost engine works again: its slots pull."""
+        with self.lock:
+            state.lost = False
+
+    def record(self, outcome: Outcome | None) -> None:
+        """Hand an outcome (None: just the requests found too late) to the loop, in one wake-up for all."""
+        with self.lock:
+            if outcome is not None:
+                self._account(outcome)
+                self._outcomes.append(outcome)
+            notify = not self._notified and (outcome is not None or bool(self._late))
+            self._notified = self._notified or notify
+        if notify:
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _account(self, outcome: Outcome) -> None:
+        batch, elapsed = outcome.batch, outcome.elapsed
+        stream = batch.members[0].stream is not None
+        if stream and outcome.state.engine.max_streams:
+            self.streams_in_flight -= 1
+        else:
+            self.calls_in_flight -= 1
+        if isinstance(outcome.error, Unavailable):
+            outcome.state.lost = True
+        self.queue.finish(batch, elapsed, outcome.ended)
+        if outcome.error is None and not stream:
+            outcome.state.latency[batch.shape].observe(batch.rows, elapsed, outcome.ended)
+
+
+async def _all_done(futures: Iterable[asyncio.Future[None]]) -> None:
+    """Wait for all; then raise the first error."""
+    for result in await asyncio.gather(*futures, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

@@ -1,0 +1,167 @@
+"""Plain counters and histograms, and what `statistics()` and `health()` report. One writing thread per counter.
+
+What is not here: how they are exposed (Prometheus and the like belong to the server).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from kapsl_scheduler.types import Priority
+
+__all__ = [
+    "Books",
+    "ClassBooks",
+    "ClassStatistics",
+    "EngineHealth",
+    "Histogram",
+    "SchedulerHealth",
+    "SchedulerStatistics",
+]
+
+_SMALLEST: Final = 1e-5  # seconds
+_PER_OCTAVE: Final = 4
+BOUNDS: Final = tuple(_SMALLEST * 2 ** (step / _PER_OCTAVE) for step in range(24 * _PER_OCTAVE))
+"""Upper bounds of the latency buckets in seconds: 10 us to about 140 s, 19 % apart."""
+
+
+class Histogram:
+    """Counts by latency bucket. `counts[i]` is for values up to `BOUNDS[i]`, the last for all above."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS) + 1)
+        self.total = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
+        self.total += seconds
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def percentile(self, percent: float) -> float | None:
+        """Seconds below which `percent` of the values lie, to within a bucket; None without values."""
+        rank = self.count * percent / 100
+        if not rank:
+            return None
+        seen = 0
+        for index, count in enumerate(self.counts):
+            if count and seen + count >= rank:
+                high = BOUNDS[min(index, len(BOUNDS) - 1)]
+                low = BOUNDS[index - 1] if 0 < index < len(BOUNDS) else (0.0 if index == 0 else high)
+                return low + (high - low) * (rank - seen) / count
+            seen += count
+        return BOUNDS[-1]
+
+
+class ClassBooks:
+    """The answers of one class: how many, and their seconds."""
+
+    __slots__ = ("answered", "latency", "queue_time")
+
+    def __init__(self) -> None:
+        self.answered = 0
+        self.queue_time = 0.0
+        self.latency = Histogram()
+
+
+class Books:
+    """What became of the requests, counted by the loop's thread alone.
+
+    `open` counts the requests whose caller waits for an answer, independently of the others: it must equal
+    waiting + queued + running.
+    """
+
+    def __init__(self) -> None:
+        self.offered = 0
+        self.invalid = 0
+        self.refused = 0
+        self.withdrawn = 0
+        self.succeeded = 0
+        self.failed = 0
+        self.expired = 0
+        self.cancelled = 0
+        self.evicted = 0
+        self.discarded = 0
+        self.retried = 0
+        self.open = 0
+        self.calls = 0
+        self.rows = 0
+        self.busy_time = 0.0
+        self.batch_sizes: dict[int, int] = {}
+        self.classes = tuple(ClassBooks() for _ in Priority)
+
+
+class ClassStatistics(msgspec.Struct, frozen=True):
+    """One class: requests queued now, answered so far, and their seconds from arrival to answer."""
+
+    queued: int
+    succeeded: int
+    latency_p50: float | None
+    latency_p99: float | None
+    latency_total: float
+    queue_time_total: float
+
+
+class SchedulerStatistics(msgspec.Struct, frozen=True):
+    """The books, in requests, and what the engines were given.
+
+    offered = invalid + refused + withdrawn + waiting + admitted;
+    admitted = succeeded + failed + expired + cancelled + evicted + queued + running.
+    `running` counts callers who still wait for a call; `calls_in_flight` the calls. `discarded` are answers that
+    came after their caller had gone. `background_bound` is what background work may add to a live request, in
+    seconds; `longest_loop_call` the longest engine call made on the event loop's thread, in seconds.
+    """
+
+    offered: int
+    invalid: int
+    refused: int
+    withdrawn: int
+    waiting: int
+    admitted: int
+    succeeded: int
+    failed: int
+    expired: int
+    cancelled: int
+    evicted: int
+    queued: int
+    running: int
+    discarded: int
+    retried: int
+    calls: int
+    rows: int
+    calls_in_flight: int
+    streams_in_flight: int
+    slots: int
+    busy_time: float
+    batch_sizes: Mapping[int, int]
+    classes: Mapping[str, ClassStatistics]
+    background_bound: float
+    longest_loop_call: float
+
+
+class EngineHealth(msgspec.Struct, frozen=True):
+    """`status`: loading, ready, stuck (a call runs far beyond its time and keeps its slot) or lost."""
+
+    name: str
+    status: str
+
+
+class SchedulerHealth(msgspec.Struct, frozen=True):
+    """Whether the engines work, never how busy they are.
+
+    `healthy`: every engine works. `ready`: at least one can take work, and the scheduler is open. `status`:
+    starting, ready, degraded (some engines do not work), unavailable (none does), closing or closed.
+    """
+
+    healthy: bool
+    ready: bool
+    status: str
+    engines: tuple[EngineHealth, ...]

@@ -1,0 +1,587 @@
+"""Scheduler: one model on one machine. Admission, deadlines, outcomes and the books; the public way in.
+
+The loop that entered the scheduler owns all futures, timers and counters here; slots own theirs (runtime.worker), and
+the queue decides (core.queue). What is not here: callers without a loop (runtime.sync), many models (runtime.registry).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+from kapsl_scheduler.core.admission import Admission, Admitted, RequestProfile, check_timeout
+from kapsl_scheduler.core.batch import BatchPolicy, Pending, State
+from kapsl_scheduler.core.queue import DEFAULT_HORIZON, QueueOverflowPolicy, QueuePolicy
+from kapsl_scheduler.core.routing import rendezvous
+from kapsl_scheduler.errors import (
+    DeadlineExceeded,
+    EngineError,
+    InvalidInput,
+    ModelLoadError,
+    ModelNotLoaded,
+    Overloaded,
+    Unavailable,
+)
+from kapsl_scheduler.ports import Clock, Engine, Observer
+from kapsl_scheduler.runtime.deadlines import Alarm, Deadlines
+from kapsl_scheduler.runtime.dispatch import Dispatch
+from kapsl_scheduler.runtime.metrics import SchedulerHealth, SchedulerStatistics
+from kapsl_scheduler.runtime.settlement import Settlement, report
+from kapsl_scheduler.runtime.stream import StreamChannel
+from kapsl_scheduler.runtime.worker import PROBE_FIRST
+from kapsl_scheduler.types import EngineMetrics, InferenceRequest, InferenceResponse, ModelInfo, Priority
+
+__all__ = ["PriorityPolicy", "Scheduler"]
+
+logger = logging.getLogger(__name__)
+
+PriorityPolicy = Priority | Callable[[RequestProfile], Priority]
+"""The class of requests that name none: one class, or a policy such as `determine_priority`."""
+
+DRAIN: Final = 10.0
+"""Seconds that `async with` gives requests to end when it is left."""
+HUNG_AFTER: Final = 1.0
+"""Seconds that a slot has to end its call once nobody waits for it."""
+
+
+class _Phase(enum.Enum):
+    NEW = "starting"
+    OPEN = "ready"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class Scheduler:
+    """Schedules the requests for one model over its engines.
+
+    `engines` run the same model (equal `model_info`). `batch` and `queue` are the policies. `workers_per_engine` is the
+    number of slots of each engine, `cpu_workers` that of the CPU lane for `force_cpu`. With `enable_fallback`, requests
+    whose engine is lost, and new ones while none works, go to the CPU lane. `default_priority` is the class of requests
+    that name none: a `Priority`, or a policy such as `determine_priority`. `clock` gives monotonic seconds. `observer`
+    is told of every engine call.
+
+    Use it with `async with`: entering loads and warms up the engines, leaving drains and closes. All calls belong to
+    the event loop that entered it; `SyncScheduler` is for callers without one.
+    """
+
+    def __init__(
+        self,
+        engines: Iterable[Any],
+        *,
+        batch: BatchPolicy | None = None,
+        queue: QueuePolicy | None = None,
+        workers_per_engine: int = 1,
+        cpu_workers: int = 1,
+        enable_fallback: bool = False,
+        default_priority: PriorityPolicy = Priority.LATENCY_CRITICAL,
+        clock: Clock = time.monotonic,
+        observer: Observer | None = None,
+    ) -> None:
+        self._engines: tuple[Engine, ...] = tuple(engines)
+        if not self._engines:
+            raise ValueError("engines: expected at least one")
+        for name, number in (("workers_per_engine", workers_per_engine), ("cpu_workers", cpu_workers)):
+            if number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        self._batch = batch or BatchPolicy()
+        self._queue = queue or QueuePolicy()
+        self._workers_per_engine = workers_per_engine
+        self._cpu_workers = cpu_workers
+        self._fallback = enable_fallback
+        self._default_priority = default_priority
+        self._clock = clock
+        self._phase = _Phase.NEW
+        self._settlement = Settlement(clock, observer, self._refuge)
+        self._books = self._settlement.books
+        self._main = Dispatch(self._batch, self._queue, clock, self._settlement.settle)
+        self._cpu: Dispatch | None = None
+        self._cpu_start: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._admission: Admission
+        self._deadlines: Deadlines
+
+    def __repr__(self) -> str:
+        if self._phase is not _Phase.OPEN:
+            return f"<Scheduler {self._phase.value}>"
+        figures = self.statistics()
+        return (
+            f"<Scheduler {self._admission.info.name!r} {self._phase.value}: {figures.queued} queued, "
+            f"{figures.running} running, {figures.calls_in_flight} calls in flight of {figures.slots} slots>"
+        )
+
+    # ------------------------------------------------------------------------------------- lifecycle
+
+    async def __aenter__(self) -> Self:
+        if self._phase is not _Phase.NEW:
+            raise RuntimeError(f"the scheduler is {self._phase.value}: each is entered once")
+        self._loop = asyncio.get_running_loop()
+        self._deadlines = Deadlines(self._loop, self._clock, self._on_alarm)
+        try:
+            await self._main.load(self._engines, self._workers_per_engine)
+            infos = [state.engine.model_info() for state in self._main.engines]
+            if any(info != infos[0] for info in infos):
+                raise ModelLoadError(f"the engines of one scheduler must run the same model, got {infos}")
+            self._admission = Admission(infos[0], self._batch.max_batch_size)
+            await self._main.serve(self._admission)
+            self._phase = _Phase.OPEN
+            if self._fallback:
+                self._cpu_lane()
+                if self._cpu_start is not None:
+                    await self._cpu_start
+        except BaseException:
+            self._phase = _Phase.CLOSED
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close(drain=DRAIN if error is None else 0.0)
+
+    async def close(self, drain: float = DRAIN) -> None:
+        """Refuse new requests, let those that are there end for up to `drain` seconds, fail the rest with
+        `Unavailable`, stop the slots and unload the engines.
+
+        A slot whose call hangs is left behind and named in the log. Closing what is closed, or never was entered, does
+        nothing. Cancelling it cuts the drain short; the rest is done all the same.
+        """
+        if self._phase is not _Phase.OPEN:
+            return
+        self._phase = _Phase.CLOSING
+        try:
+            if drain > 0:
+                async with asyncio.timeout(drain):
+                    await self._settlement.idle.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._fail_all(Unavailable("the scheduler was closed before the request was answered"))
+            self._deadlines.close()
+            await self._stop()
+            self._phase = _Phase.CLOSED
+
+    async def _stop(self) -> None:
+        if self._cpu_start is not None:
+            self._cpu_start.cancel()
+            await asyncio.gather(self._cpu_start, return_exceptions=True)
+        for dispatch in self._dispatches():
+            await dispatch.stop(HUNG_AFTER)
+
+    def _dispatches(self) -> list[Dispatch]:
+        return [self._main] if self._cpu is None else [self._main, self._cpu]
+
+    def _cpu_lane(self) -> Dispatch:
+        """Where `force_cpu` goes: the main dispatch if its engine is on the CPU already, else a lane of its own, whose
+        engine is loaded when first asked for. Its queue takes requests meanwhile."""
+        if self._cpu is None:
+            engine = self._engines[0].for_cpu()
+            if engine is None:
+                raise InvalidInput("force_cpu: the engine has no variant for the CPU")
+            if engine in self._engines:
+                return self._main
+            self._cpu = Dispatch(self._batch, self._queue, self._clock, self._settlement.settle)
+            self._cpu_start = asyncio.get_running_loop().create_task(self._start_cpu(self._cpu, engine))
+        return self._cpu
+
+    async def _start_cpu(self, lane: Dispatch, engine: Engine) -> None:
+        try:
+            await lane.load([engine], self._cpu_workers)
+            await lane.serve(self._admission)
+        except EngineError as error:
+            with lane.lock:
+                waiting, queued = lane.queue.clear()
+            self._books.refused += self._settlement.fail(waiting, error)
+            self._books.failed += self._settlement.fail(queued, error)
+            self._cpu, self._cpu_start = None, None  # the next request tries again
+            if self._fallback:
+                raise
+
+    # -------------------------------------------------------------------------------------- requests
+
+    async def infer(
+        self,
+        request: Any,
+        *,
+        priority: Priority | None = None,
+        timeout: float | None = None,
+        session_id: str | None = None,
+        force_cpu: bool = False,
+        overflow: QueueOverflowPolicy | None = None,
+        block_timeout: float | None = None,
+    ) -> InferenceResponse:
+        """Answer one request: an `InferenceRequest`, a mapping of arrays, or one array.
+
+        `timeout` (seconds) covers waiting and running. `session_id` keeps a session on one engine. `overflow` and
+        `block_timeout` (seconds) override the queue's policy for this call. Keywords beat the request's metadata.
+
+        Raises `InvalidInput`, `Overloaded`, `ResourceExhausted`, `DeadlineExceeded`, `Unavailable`, or what the engine
+        raised (`InferenceError` with `__cause__` if that is no `EngineError`). Cancelling the await takes the request
+        out of the queue at once; if it runs already, its answer is dropped.
+        """
+        item = self._enter(request, priority, timeout, session_id, force_cpu)
+        self._submit(item, overflow, block_timeout)
+        try:
+            response: InferenceResponse = await item.future
+        except asyncio.CancelledError:
+            self._abandon(item)
+            raise
+        return response
+
+    async def try_infer(
+        self,
+        request: Any,
+        *,
+        priority: Priority | None = None,
+        timeout: float | None = None,
+        session_id: str | None = None,
+        force_cpu: bool = False,
+    ) -> InferenceResponse:
+        """Like `infer`, but never waits for room and never evicts: `Overloaded` at once when the queue is full."""
+        return await self.infer(
+            request,
+            priority=priority,
+            timeout=timeout,
+            session_id=session_id,
+            force_cpu=force_cpu,
+            overflow=QueueOverflowPolicy.BLOCK,
+            block_timeout=0.0,
+        )
+
+    async def infer_many(
+        self,
+        requests: Iterable[Any],
+        *,
+        priority: Priority | None = None,
+        timeout: float | None = None,
+        session_id: str | None = None,
+        force_cpu: bool = False,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """Answer several requests, in their order. One with more rows than `max_batch_size` is split into several calls
+        and its answer joined again.
+
+        With `return_exceptions`, errors stand in the list in place of answers; without, the first is raised and the
+        others go on, as in `asyncio.gather`. Cancelling the await cancels them all.
+        """
+        answers: list[list[Pending] | EngineError] = []
+        for request in requests:
+            try:
+                answers.append(self._enter_parts(request, priority, timeout, session_id, force_cpu))
+            except EngineError as error:
+                if not return_exceptions:
+                    raise
+                answers.append(error)
+        items = [item for answer in answers if isinstance(answer, list) for item in answer]
+        for item in items:
+            try:
+                self._submit(item, None, None)
+            except EngineError as error:
+                item.future.set_exception(error)
+        try:
+            await asyncio.gather(*(item.future for item in items), return_exceptions=return_exceptions)
+        except asyncio.CancelledError:
+            for item in items:
+                self._abandon(item)
+            raise
+        return [self._joined(answer) if isinstance(answer, list) else answer for answer in answers]
+
+    async def infer_stream(
+        self,
+        request: Any,
+        *,
+        priority: Priority | None = None,
+        timeout: float | None = None,
+        session_id: str | None = None,
+        force_cpu: bool = False,
+        first_chunk_timeout: float | None = None,
+    ) -> AsyncGenerator[InferenceResponse, None]:
+        """The partial results of one request, each as an `InferenceResponse`.
+
+        `timeout` (seconds) bounds the whole stream, `first_chunk_timeout` the wait for its first chunk; both raise
+        `DeadlineExceeded`. A reader that leaves the buffer of 16 chunks full for 5 s gets `Overloaded`. Closing the
+        iterator closes the engine's generator at its next chunk. Raises what `infer` raises.
+        """
+        loop = self._check_loop()
+        item = self._enter(request, priority, timeout, session_id, force_cpu)
+        channel = item.stream = StreamChannel(loop, self._clock)
+        item.future.add_done_callback(channel.end_with)
+        self._submit(item, None, None)
+        if first_chunk_timeout is not None:
+            due = item.arrival + check_timeout("first_chunk_timeout", first_chunk_timeout)
+            self._deadlines.add(due, item, Alarm.FIRST_CHUNK)
+        try:
+            while (chunk := await channel.next_chunk()) is not None:
+                outputs = item.home.layout.row(chunk) if item.bare else dict(chunk)
+                first_at = channel.first_at or item.arrival
+                yield InferenceResponse(
+                    outputs, first_at - item.arrival, self._clock() - first_at, item.rows, item.request_id
+                )
+        finally:
+            channel.close()
+            self._abandon(item)
+
+    # ---------------------------------------------------------------------------------------- the way in
+
+    def _check_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            if self._loop is None:
+                raise RuntimeError("the scheduler was not entered: use `async with Scheduler(...)`")
+            raise RuntimeError("the scheduler belongs to another event loop: elsewhere, use SyncScheduler")
+        return loop
+
+    def _enter(
+        self, request: Any, priority: Priority | None, timeout: float | None, session_id: str | None, force_cpu: bool
+    ) -> Pending:
+        """Admission: a valid request, with its class, its deadline and the dispatch that it goes to."""
+        self._check_loop()
+        inputs = request.inputs if type(request) is InferenceRequest else request
+        try:
+            if self._phase is not _Phase.OPEN:
+                raise Unavailable(f"the scheduler is {self._phase.value}")
+            admitted = self._admission.admit(inputs)
+            return self._pending(admitted, request, priority, timeout, session_id, force_cpu)
+        except EngineError as error:
+            self._count_refusal(error)
+            raise
+
+    def _enter_parts(
+        self, request: Any, priority: Priority | None, timeout: float | None, session_id: str | None, force_cpu: bool
+    ) -> list[Pending]:
+        """Like `_enter`, in as many parts as `max_batch_size` asks for."""
+        self._check_loop()
+        inputs = request.inputs if type(request) is InferenceRequest else request
+        try:
+            if self._phase is not _Phase.OPEN:
+                raise Unavailable(f"the scheduler is {self._phase.value}")
+            whole = self._admission.normalise(inputs)
+            size, parts = self._admission.max_rows, [whole]
+            if whole.rows > size:
+                cut = self._main.layout.slice_inputs
+                parts = [
+                    self._admission.admit(cut(whole.inputs, start, min(start + size, whole.rows)))
+                    for start in range(0, whole.rows, size)
+                ]
+            return [self._pending(part, request, priority, timeout, session_id, force_cpu) for part in parts]
+        except EngineError as error:
+            self._count_refusal(error)
+            raise
+
+    def _count_refusal(self, error: EngineError) -> None:
+        self._books.offered += 1
+        if isinstance(error, (Overloaded, Unavailable)):
+            self._books.refused += 1
+        else:
+            self._books.invalid += 1
+
+    def _pending(
+        self,
+        admitted: Admitted,
+        request: Any,
+        priority: Priority | None,
+        timeout: float | None,
+        session_id: str | None,
+        force_cpu: bool,
+    ) -> Pending:
+        tenant = request_id = None
+        if type(request) is InferenceRequest:
+            session_id = session_id or request.session_id
+            metadata = request.metadata
+            if metadata is not None:
+                tenant, request_id = metadata.tenant, metadata.request_id
+                priority = metadata.priority if priority is None else priority
+                force_cpu = force_cpu or metadata.force_cpu
+                if timeout is None and metadata.timeout_ms is not None:
+                    timeout = check_timeout("timeout_ms", metadata.timeout_ms) / 1000
+        if type(priority) is not Priority:
+            priority = self._default_class(admitted, timeout) if priority is None else _as_priority(priority)
+        inputs, rows, shape, bare, nbytes = admitted
+        now = self._clock()
+        deadline = math.inf if timeout is None else now + check_timeout("timeout", timeout)
+        urgency = now + DEFAULT_HORIZON if timeout is None else deadline
+        home = self._main if not force_cpu and self._main.works else self._elsewhere(force_cpu)
+        return Pending(
+            inputs,
+            rows,
+            shape,
+            bare,
+            priority,
+            now,
+            deadline,
+            urgency,
+            nbytes,
+            self._loop.create_future(),  # type: ignore[union-attr]
+            home,
+            request_id,
+            tenant if self._queue.tenant_fairness else None,
+            None if session_id is None else self._pin(session_id, home),
+        )
+
+    def _default_class(self, admitted: Admitted, timeout: float | None) -> Priority:
+        policy = self._default_priority
+        if isinstance(policy, Priority):
+            return policy
+        return policy(
+            RequestProfile(
+                sla_deadline=None if timeout is None else timeout * 1000,
+                batch_size=admitted.rows,
+                input_size_bytes=admitted.nbytes // admitted.rows,
+            )
+        )
+
+    def _elsewhere(self, force_cpu: bool) -> Dispatch:
+        """Where a request goes that asks for the CPU, or that finds no working engine."""
+        if force_cpu or self._fallback:
+            lane = self._cpu_lane()
+            if lane.works:
+                return lane
+        raise Unavailable("no engine works", retry_after=PROBE_FIRST)
+
+    def _pin(self, session_id: str, home: Dispatch) -> int | None:
+        """The engine that a session belongs to, where there is a choice."""
+        working = [state.index for state in home.engines if not state.lost]
+        return rendezvous(session_id, working) if len(working) > 1 else None
+
+    def _submit(self, item: Pending, overflow: QueueOverflowPolicy | None, block_timeout: float | None) -> None:
+        dispatch: Dispatch = item.home
+        if block_timeout is None:
+            block_timeout = self._queue.block_timeout
+        try:
+            with dispatch.lock:
+                evicted = dispatch.queue.push(item, item.arrival, overflow, may_wait=block_timeout != 0)
+                dispatch.arm()
+        except EngineError as error:
+            self._count_refusal(error)
+            raise
+        self._settlement.opened()
+        if item.deadline < math.inf:
+            self._deadlines.add(item.deadline, item, Alarm.DEADLINE)
+        if evicted:
+            self._books.evicted += self._settlement.fail(evicted, dispatch.queue.evicted())
+        elif block_timeout is not None and item.state is State.WAITING:
+            self._deadlines.add(item.arrival + block_timeout, item, Alarm.ROOM)
+
+    # --------------------------------------------------------------------------------------- the way out
+
+    def _abandon(self, item: Pending) -> None:
+        """The caller has gone: out of the queue at once; if it runs, its answer will be dropped."""
+        future = item.future
+        if not future.done():
+            future.cancel()
+        elif not future.cancelled():
+            return  # answered in the same pass of the loop
+        if self._take_out(item) is State.WAITING:
+            self._books.withdrawn += 1
+        else:
+            self._books.cancelled += 1
+        self._settlement.closed(1)
+
+    def _on_alarm(self, item: Pending, alarm: Alarm) -> None:
+        if alarm is Alarm.ROOM:
+            if item.state is State.WAITING:
+                self._take_out(item)
+                refusal = Overloaded("there was no room in the queue in time", retry_after=item.home.queue.drain_time())
+                self._books.refused += self._settlement.fail([item], refusal)
+            return
+        if alarm is Alarm.FIRST_CHUNK and item.stream.first_at is not None:
+            return
+        waited = "the first chunk" if alarm is Alarm.FIRST_CHUNK else "the answer"
+        error = DeadlineExceeded(f"the deadline passed before {waited} was there")
+        if self._take_out(item) is State.WAITING:
+            self._books.withdrawn += self._settlement.fail([item], error)
+        else:
+            self._books.expired += self._settlement.fail([item], error)
+
+    def _take_out(self, item: Pending) -> State:
+        """Take a request out of its queue, wherever it stands there. Returns where that was."""
+        dispatch: Dispatch = item.home
+        with dispatch.lock:
+            state = item.state
+            if dispatch.queue.remove(item):
+                dispatch.arm()
+        return state
+
+    def _fail_all(self, error: EngineError) -> None:
+        for dispatch in self._dispatches():
+            waiting, admitted = dispatch.shut()
+            self._books.refused += self._settlement.fail(waiting, error)
+            self._books.failed += self._settlement.fail(admitted, error)
+
+    def _refuge(self, dispatch: Dispatch) -> Dispatch | None:
+        """Who takes over when no engine of a dispatch works."""
+        if not self._fallback or dispatch is self._cpu:
+            return None
+        lane = self._cpu_lane()
+        return lane if lane.works else None
+
+    def _joined(self, parts: Sequence[Pending]) -> InferenceResponse | BaseException:
+        """The answer to one request that went in several parts; its first error if one of them failed."""
+        error: BaseException | None
+        for part in parts:
+            if (error := part.future.exception()) is not None:
+                return error
+        answers: list[InferenceResponse] = [part.future.result() for part in parts]
+        if len(parts) == 1:
+            return answers[0]
+        return InferenceResponse(
+            self._main.layout.join([answer.outputs for answer in answers]),
+            max(answer.queue_time for answer in answers),
+            sum(answer.compute_time for answer in answers),
+            max(answer.batch_rows for answer in answers),
+            parts[0].request_id,
+        )
+
+    # ----------------------------------------------------------------------------------------- reports
+
+    def model_info(self) -> ModelInfo:
+        """What the model takes and gives. Raises `ModelNotLoaded` before the scheduler was entered."""
+        if self._phase is _Phase.NEW:
+            raise ModelNotLoaded("the scheduler was not entered yet")
+        return self._admission.info
+
+    def statistics(self) -> SchedulerStatistics:
+        """The books and the load, as of now."""
+        return report(self._books, self._dispatches())
+
+    def metrics(self) -> EngineMetrics:
+        """What the engines have done, all together."""
+        every = [state.engine.metrics() for dispatch in self._dispatches() for state in dispatch.engines]
+        return EngineMetrics(
+            calls=sum(metrics.calls for metrics in every),
+            rows=sum(metrics.rows for metrics in every),
+            errors=sum(metrics.errors for metrics in every),
+            busy_time=sum(metrics.busy_time for metrics in every),
+        )
+
+    def health(self) -> SchedulerHealth:
+        """Whether the engines work, never how busy they are."""
+        engines = tuple(health for dispatch in self._dispatches() for health in dispatch.health())
+        working = sum(engine.status == "ready" for engine in engines)
+        status = self._phase.value
+        if self._phase is _Phase.OPEN and working < len(engines):
+            status = "degraded" if working else "unavailable"
+        return SchedulerHealth(
+            healthy=working == len(engines) > 0,
+            ready=self._phase is _Phase.OPEN and working > 0,
+            status=status,
+            engines=engines,
+        )
+
+    def get_queue_depth(self) -> tuple[int, int]:
+        """Requests queued and running: (on the CPU lane, on the engines)."""
+        return (0 if self._cpu is None else self._cpu.depth()), self._main.depth()
+
+
+def _as_priority(value: Any) -> Priority:
+    try:
+        return Priority(value)
+    except ValueError:
+        known = ", ".join(f"{priority.value} ({priority.name})" for priority in Priority)
+        raise InvalidInput(f"priority: expected one of {known}, got {value!r}") from None

@@ -1,0 +1,224 @@
+"""Settlement: what the end of a call means for its callers. Answers, errors, retries, and the books of them.
+
+Everything here runs on the loop's thread. What is not here: the way in and the deadlines (runtime.scheduler), and how
+calls are made (runtime.worker).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kapsl_scheduler.core.batch import Pending, State
+from kapsl_scheduler.core.health import RetryBudget
+from kapsl_scheduler.errors import DeadlineExceeded, EngineError, InferenceError, Unavailable
+from kapsl_scheduler.ports import Clock, Observer
+from kapsl_scheduler.runtime.dispatch import Dispatch
+from kapsl_scheduler.runtime.metrics import Books, ClassStatistics, SchedulerStatistics
+from kapsl_scheduler.runtime.worker import Outcome
+from kapsl_scheduler.types import InferenceResponse, Priority
+
+__all__ = ["Settlement", "report"]
+
+
+class Settlement:
+    """Resolves each request's future exactly once, if its caller still waits.
+
+    `refuge` names the dispatch that takes over when no engine of a dispatch works, or None.
+    """
+
+    def __init__(self, clock: Clock, observer: Observer | None, refuge: Callable[[Dispatch], Dispatch | None]) -> None:
+        self.books = Books()
+        self.idle = asyncio.Event()
+        """Set while nobody waits for an answer."""
+        self.idle.set()
+        self._clock = clock
+        self._observer = observer
+        self._refuge = refuge
+        self._budget = RetryBudget(clock())
+
+    def opened(self) -> None:
+        """A request has entered the queue (or the line for it)."""
+        self.books.offered += 1
+        self.books.open += 1
+        self.idle.clear()
+
+    def closed(self, requests: int) -> None:
+        """So many of them have had their answer, or their caller has gone."""
+        self.books.open -= requests
+        if not self.books.open:
+            self.idle.set()
+
+    def fail(self, items: Iterable[Pending], error: EngineError) -> int:
+        """Give each caller that still waits an instance of the error of its own. Returns how many those were; which
+        line of the books they belong to is the caller's to say."""
+        failed = 0
+        for item in items:
+            item.state = State.DONE
+            if not item.future.done():
+                item.future.set_exception(error.fresh())
+                failed += 1
+        self.closed(failed)
+        return failed
+
+    def settle(self, dispatch: Dispatch, outcomes: Sequence[Outcome], late: Sequence[Pending]) -> None:
+        """Calls have ended, and requests were found too late for theirs."""
+        if late:
+            error = DeadlineExceeded("the deadline comes before the request could be answered")
+            self.books.expired += self.fail(late, error)
+        for outcome in outcomes:
+            if outcome.error is None:
+                try:
+                    self._answer(dispatch, outcome)
+                except Exception as error:  # outputs that do not fit the batch are the engine's failure
+                    outcome.error = error
+            if outcome.error is not None:
+                self._recover(dispatch, outcome, as_engine_error(outcome.error))
+            self._count(outcome)
+
+    def _count(self, outcome: Outcome) -> None:
+        books, batch = self.books, outcome.batch
+        books.calls += 1
+        books.rows += batch.rows
+        books.busy_time += outcome.elapsed
+        books.batch_sizes[batch.rows] = books.batch_sizes.get(batch.rows, 0) + 1
+        if self._observer is not None:
+            self._observer.on_call(
+                rows=batch.rows,
+                requests=len(batch.members),
+                started=batch.started,
+                elapsed=outcome.elapsed,
+                failed=outcome.error is not None,
+            )
+
+    def _answer(self, dispatch: Dispatch, outcome: Outcome) -> None:
+        """Each member's rows to its caller."""
+        batch, elapsed, books = outcome.batch, outcome.elapsed, self.books
+        # A stream's chunks have gone their own way: its future only says that it ended.
+        parts: Sequence[Any] = [None] if outcome.outputs is None else dispatch.layout.split(outcome.outputs, batch)
+        now, started, rows = self._clock(), batch.started, batch.rows
+        answered = 0
+        for item, part in zip(batch.members, parts, strict=True):
+            item.state = State.DONE
+            future = item.future
+            if future.done():
+                continue
+            waited = started - item.arrival
+            future.set_result(part and InferenceResponse(part, waited, elapsed, rows, item.request_id))
+            answered += 1
+            figures = books.classes[item.priority]
+            figures.answered += 1
+            figures.queue_time += waited
+            figures.latency.add(now - item.arrival)
+        books.succeeded += answered
+        books.discarded += len(batch.members) - answered
+        self._budget.earn(answered)
+        self.closed(answered)
+
+    def _recover(self, dispatch: Dispatch, outcome: Outcome, error: EngineError) -> None:
+        """A call failed: its members come back to run alone, where that may help and the budget allows."""
+        batch, books = outcome.batch, self.books
+        lost = isinstance(error, Unavailable)
+        members = [item for item in batch.members if not item.future.done()]
+        books.discarded += len(batch.members) - len(members)
+        may_return = outcome.state.engine.retry and batch.members[0].stream is None and not dispatch.stopping
+        if lost:
+            for item in members:
+                item.losses += 1
+                item.pin = None
+        elif len(batch.members) == 1:
+            may_return = False
+        now = self._clock()
+        back = [item for item in members if may_return and item.losses < 2 and self._budget.take(now)]
+        books.retried += len(back)
+        books.failed += self.fail((item for item in members if item not in back), error)
+        with dispatch.lock:
+            dispatch.queue.give_back(back)
+            dispatch.arm()
+        if lost:
+            self._after_loss(dispatch, outcome.state.index, error)
+
+    def _after_loss(self, dispatch: Dispatch, engine: int, error: EngineError) -> None:
+        """An engine is lost: its sessions may go anywhere; if no other works, everybody goes to the refuge."""
+        with dispatch.lock:
+            dispatch.queue.unpin(engine)
+            if dispatch.works:
+                return
+            waiting, queued = dispatch.queue.clear()
+        self.books.refused += self.fail(waiting, error)
+        refuge = self._refuge(dispatch)
+        if refuge is None:
+            self.books.failed += self.fail(queued, error)
+            return
+        for item in queued:
+            item.home = refuge
+            try:
+                with refuge.lock:
+                    refuge.take_over(item)
+            except EngineError as refusal:
+                self.books.failed += self.fail([item], refusal)
+
+
+def as_engine_error(error: BaseException) -> EngineError:
+    """What an engine raised, as its callers hear it."""
+    if isinstance(error, EngineError):
+        return error
+    wrapped = InferenceError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def report(books: Books, dispatches: Sequence[Dispatch]) -> SchedulerStatistics:
+    """The books together with what the queues and the slots hold at this moment."""
+    waiting = queued = calls_in_flight = streams_in_flight = slots = 0
+    queued_by_class = [0] * len(Priority)
+    for dispatch in dispatches:
+        with dispatch.lock:
+            waiting += dispatch.queue.waiting
+            queued += dispatch.queue.queued
+            for priority, count in enumerate(dispatch.queue.queued_by_class()):
+                queued_by_class[priority] += count
+            calls_in_flight += dispatch.calls_in_flight
+            streams_in_flight += dispatch.streams_in_flight
+            slots += dispatch.queue.slots
+    admitted = books.offered - books.invalid - books.refused - books.withdrawn - waiting
+    ended = books.succeeded + books.failed + books.expired + books.cancelled + books.evicted
+    classes = {
+        priority.name.lower(): ClassStatistics(
+            queued=queued_by_class[priority],
+            succeeded=figures.answered,
+            latency_p50=figures.latency.percentile(50),
+            latency_p99=figures.latency.percentile(99),
+            latency_total=figures.latency.total,
+            queue_time_total=figures.queue_time,
+        )
+        for priority, figures in zip(Priority, books.classes, strict=True)
+    }
+    return SchedulerStatistics(
+        offered=books.offered,
+        invalid=books.invalid,
+        refused=books.refused,
+        withdrawn=books.withdrawn,
+        waiting=waiting,
+        admitted=admitted,
+        succeeded=books.succeeded,
+        failed=books.failed,
+        expired=books.expired,
+        cancelled=books.cancelled,
+        evicted=books.evicted,
+        queued=queued,
+        running=admitted - ended - queued,
+        discarded=books.discarded,
+        retried=books.retried,
+        calls=books.calls,
+        rows=books.rows,
+        calls_in_flight=calls_in_flight,
+        streams_in_flight=streams_in_flight,
+        slots=slots,
+        busy_time=books.busy_time,
+        batch_sizes=dict(sorted(books.batch_sizes.items())),
+        classes=classes,
+        background_bound=max(dispatch.queue.background_bound for dispatch in dispatches),
+        longest_loop_call=max(dispatch.longest_loop_call for dispatch in dispatches),
+    )

@@ -1,0 +1,62 @@
+"""Warm-up runs: an engine whose calls are bounded by their shapes is measured before there is traffic.
+
+What is not here: what the figures decide (runtime.worker), the model that they feed (core.latency).
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Final
+
+import numpy as np
+
+from kapsl_scheduler.core.admission import Admission
+from kapsl_scheduler.core.latency import LatencyTable
+from kapsl_scheduler.ports import Clock, Engine
+from kapsl_scheduler.types import Array, ModelInfo, numpy_dtype
+
+__all__ = ["longest_call"]
+
+_RUNS: Final = 7
+
+
+def longest_call(
+    engine: Engine, admission: Admission, latency: LatencyTable, clock: Clock, max_rows: int
+) -> float | None:
+    """Run zeros of 1, 2, 4, … `max_rows` rows and return the seconds of the slowest size (the median of seven runs, so
+    that one interruption does not decide). Every run is entered in `latency`. None if zeros cannot be made."""
+    info = admission.info
+    if any(spec.dtype == "string" for spec in info.inputs):
+        return None
+    slowest = 0.0
+    for rows in _sizes(max_rows if info.batchable else 1):
+        inputs = _zeros(info, rows)
+        if inputs is None:
+            return None
+        model = latency[admission.normalise(inputs).shape]
+        times = []
+        for _ in range(_RUNS):
+            started = clock()
+            engine.infer(inputs)
+            ended = clock()
+            times.append(ended - started)
+            model.observe(rows, times[-1], ended)
+        slowest = max(slowest, median(times))
+    return slowest
+
+
+def _sizes(max_rows: int) -> list[int]:
+    sizes = [1]
+    while sizes[-1] * 2 < max_rows:
+        sizes.append(sizes[-1] * 2)
+    return sizes if max_rows == 1 else [*sizes, max_rows]
+
+
+def _zeros(info: ModelInfo, rows: int) -> dict[str, Array] | None:
+    arrays: dict[str, Array] = {}
+    for spec in info.inputs:
+        sizes = [rows if axis == spec.batch_axis else size for axis, size in enumerate(spec.shape)]
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        arrays[spec.name] = np.zeros([int(size or 0) for size in sizes], numpy_dtype(spec.dtype))
+    return arrays

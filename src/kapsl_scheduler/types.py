@@ -13,6 +13,8 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from kapsl_scheduler.errors import InferenceError
+
 __all__ = [
     "EngineMetrics",
     "InferenceRequest",
@@ -186,7 +188,9 @@ class InferenceResponse(msgspec.Struct, gc=False):
     @property
     def output(self) -> Array:
         """The first output."""
-        return next(iter(self.outputs.values()))
+        for array in self.outputs.values():
+            return array
+        raise InferenceError("the model has no outputs")
 
     @property
     def request_id(self) -> str:

@@ -6,6 +6,7 @@ Order and removal live here; which class leads, how large a batch is and what a 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
@@ -18,6 +19,7 @@ __all__ = ["ClassQueue", "Lane", "Slot", "most_urgent"]
 
 QUEUED: Final = State.QUEUED
 RETURNED: Final = State.RETURNED
+RUNNING: Final = State.RUNNING
 _EMPTY_LANES: Final = 32  # empty lanes kept for the next request of their kind
 _GARBAGE: Final = 64  # dead entries tolerated beyond the live ones before a container is rebuilt
 
@@ -61,6 +63,8 @@ class Lane:
         self._heap: list[tuple[float, int, Pending]] = []
 
     def push(self, item: Pending) -> None:
+        item.state = QUEUED
+        item.lane = self
         fifo = self._fifo
         if not fifo or item.urgency >= fifo[-1].urgency:
             fifo.append(item)
@@ -84,15 +88,37 @@ class Lane:
             return fifo[0]
         return heap[0][2]
 
-    def pop_head(self, item: Pending) -> None:
+    def take(self, room: int, latest: float, members: list[Pending], at_most: float = math.inf) -> int:
+        """Move requests in order into `members` while their rows fit `room`; they are RUNNING then. The first member of
+        a batch fits in any case. Stops at one whose deadline comes before `latest`. Returns the rows moved."""
+        fifo, heap = self._fifo, self._heap
+        rows = count = 0
+        while count < at_most:
+            item = fifo[0] if fifo else None
+            if heap or (item is not None and item.state is not QUEUED):
+                item = self.head()
+            if item is None or item.deadline < latest:
+                break
+            if rows + item.rows > room and members:
+                break
+            if heap:
+                self._pop(item)
+            else:
+                fifo.popleft()
+            item.state = RUNNING
+            members.append(item)
+            rows += item.rows
+            count += 1
+        self.count -= count
+        self.rows -= rows
+        return rows
+
+    def _pop(self, item: Pending) -> None:
         """Take out what `head` has just returned."""
-        fifo = self._fifo
-        if fifo and fifo[0] is item:
-            fifo.popleft()
+        if self._fifo and self._fifo[0] is item:
+            self._fifo.popleft()
         else:
             heapq.heappop(self._heap)
-        self.count -= 1
-        self.rows -= item.rows
 
     def discard(self, item: Pending) -> None:
         """Account for a request that leaves from anywhere; its state no longer says QUEUED."""
@@ -116,7 +142,7 @@ class Lane:
 class ClassQueue:
     """The requests of one class: its lanes, those returned to run alone, and the order of arrival."""
 
-    __slots__ = ("_arrivals", "_lanes", "count", "priority", "returned", "rows", "urged")
+    __slots__ = ("_arrivals", "_lanes", "_sweep_at", "count", "priority", "returned", "rows", "urged")
 
     def __init__(self, priority: Priority) -> None:
         self.priority = priority
@@ -126,15 +152,11 @@ class ClassQueue:
         self.urged = float("-inf")  # when more urgent work last arrived: it ends the delay of what was there
         self._lanes: dict[object, Lane] = {}
         self._arrivals: deque[Pending] = deque()
+        self._sweep_at = _GARBAGE
 
     def push(self, item: Pending) -> None:
-        shape = item.shape
-        key: object = shape
-        if item.tenant is not None or item.pin is not None or item.stream is not None:
-            key = (shape, item.tenant, item.pin, item.stream is not None)
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._new_lane(key, item)
+        plain = item.tenant is None and item.pin is None and item.stream is None
+        lane = (self._lanes.get(item.shape) if plain else None) or self._lane_of(item)
         item.state = QUEUED
         item.lane = lane
         lane.push(item)
@@ -142,14 +164,37 @@ class ClassQueue:
         self.rows += item.rows
         arrivals = self._arrivals
         arrivals.append(item)
-        if len(arrivals) > 2 * self.count + _GARBAGE:
+        # Mostly the first to arrive are the first to leave; what stays behind them is swept.
+        while arrivals[0].state is not QUEUED:
+            arrivals.popleft()
+        if len(arrivals) > self._sweep_at:
             self._arrivals = deque(item for item in arrivals if item.state is QUEUED)
+            self._sweep_at = 2 * len(self._arrivals) + _GARBAGE
 
     def discard(self, item: Pending) -> None:
         """Account for a queued request that leaves from anywhere; its state no longer says QUEUED."""
         self.count -= 1
         self.rows -= item.rows
         item.lane.discard(item)
+
+    def unpin(self, engine: int) -> None:
+        """Requests pinned to the engine may run anywhere; they keep their place."""
+        for key, lane in list(self._lanes.items()):
+            if lane.pin == engine:
+                del self._lanes[key]
+                for item in lane:
+                    item.pin = None
+                    item.lane = self._lane_of(item)
+                    item.lane.push(item)
+        for item in self.returned:
+            item.pin = None if item.pin == engine else item.pin
+
+    def forget(self) -> None:
+        """Drop what the containers still hold of requests that have left: they may be queued again elsewhere, and
+        would look alive here."""
+        self.returned.clear()
+        self._lanes.clear()
+        self._arrivals.clear()
 
     def lanes(self, slot: Slot) -> list[Lane]:
         """The lanes with work that the slot may run."""
@@ -180,11 +225,16 @@ class ClassQueue:
             arrivals.popleft()
         return (item for item in arrivals if item.state is QUEUED)
 
-    def _new_lane(self, key: object, item: Pending) -> Lane:
-        if len(self._lanes) > _EMPTY_LANES:
-            self._lanes = {key: lane for key, lane in self._lanes.items() if lane.count}
-        lane = Lane(item.shape, item.tenant, item.pin, stream=item.stream is not None)
-        self._lanes[key] = lane
+    def _lane_of(self, item: Pending) -> Lane:
+        key: object = item.shape
+        if item.tenant is not None or item.pin is not None or item.stream is not None:
+            key = (item.shape, item.tenant, item.pin, item.stream is not None)
+        lane = self._lanes.get(key)
+        if lane is None:
+            if len(self._lanes) > _EMPTY_LANES:
+                self._lanes = {key: lane for key, lane in self._lanes.items() if lane.count}
+            lane = Lane(item.shape, item.tenant, item.pin, stream=item.stream is not None)
+            self._lanes[key] = lane
         return lane
 
 

@@ -115,6 +115,9 @@ class RequestQueue:
         self._classes = tuple(ClassQueue(priority) for priority in Priority)
         self._waiting = tuple(deque[Pending]() for _ in Priority)
         self._waiting_count = 0
+        self._max_size, self._max_bytes = policy.max_size, policy.max_bytes
+        self._holds_back = batch.max_queue_delay > 0
+        self._fair = policy.tenant_fairness
         self._sequence = 0
         self._shares = ShareWindow(policy.share_by_class())
         self._tenants = TenantLedger()
@@ -160,13 +163,13 @@ class RequestQueue:
         """
         self._sequence += 1
         item.sequence = self._sequence
-        if not self._waiting_count or not any(self._waiting[: item.priority + 1]):
-            if self._fits(item):
-                self._admit(item)
-                return ()
-            limit = self.policy.max_bytes
-            if limit is not None and item.nbytes > limit:
-                raise ResourceExhausted(f"inputs of {item.nbytes} bytes exceed the queue's max_bytes of {limit}")
+        most = self._max_bytes
+        if most is not None and item.nbytes > most:
+            raise ResourceExhausted(f"inputs of {item.nbytes} bytes exceed the queue's max_bytes of {most}")
+        barred = self._waiting_count and any(self._waiting[: item.priority + 1])
+        if not barred and self.queued < self._max_size and (most is None or self._fits(item)):
+            self._admit(item)
+            return ()
         overflow = overflow or self.policy.overflow
         if overflow is QueueOverflowPolicy.BLOCK:
             if not may_wait or self._waiting_count >= self.policy.max_waiting:
@@ -181,21 +184,22 @@ class RequestQueue:
         for victim in victims:
             self._discard(victim)
         self._admit(item)
+        self._promote()  # the victims may have been larger than what they made room for
         return victims
 
     def _fits(self, item: Pending) -> bool:
-        limit = self.policy.max_bytes
-        return self.queued < self.policy.max_size and (limit is None or self.queued_bytes + item.nbytes <= limit)
+        return self.queued < self._max_size and (
+            self._max_bytes is None or self.queued_bytes + item.nbytes <= self._max_bytes
+        )
 
     def _admit(self, item: Pending) -> None:
-        priority = item.priority
-        self._classes[priority].push(item)
+        self._classes[item.priority].push(item)
         self.queued += 1
         self.queued_bytes += item.nbytes
-        if self.batch_policy.max_queue_delay:
-            for below in self._classes[priority + 1 :]:
+        if self._holds_back:
+            for below in self._classes[item.priority + 1 :]:
                 below.urged = item.arrival
-        if self.policy.tenant_fairness:
+        if self._fair:
             self._tenants.arrive(item.tenant)
 
     def _victims(self, item: Pending, overflow: QueueOverflowPolicy) -> list[Pending]:
@@ -254,24 +258,23 @@ class RequestQueue:
             admitted += queue.oldest_first()
         for item in admitted:
             self.remove(item)
+        for queue in self._classes:
+            queue.forget()
         return waiting, admitted
 
     def unpin(self, engine: int) -> None:
         """Requests pinned to an engine that is lost may run anywhere."""
         for queue in self._classes:
-            for item in [item for item in queue.oldest_first() if item.pin == engine]:
-                self._discard(item)
-                item.pin = None
-                self._admit(item)
-            for item in queue.returned:
-                item.pin = None if item.pin == engine else item.pin
+            queue.unpin(engine)
+        for item in (item for line in self._waiting for item in line if item.pin == engine):
+            item.pin = None
 
     def _discard(self, item: Pending) -> None:
         item.state = DONE
         self._classes[item.priority].discard(item)
         self.queued -= 1
         self.queued_bytes -= item.nbytes
-        if self.policy.tenant_fairness:
+        if self._fair:
             self._tenants.leave(item.tenant)
 
     def _promote(self) -> None:
@@ -311,7 +314,7 @@ class RequestQueue:
         self._row_time += 0.2 * (per_row - self._row_time) if self._row_time else per_row
         if batch.backlog[1] or batch.backlog[2] or batch.rows_by_class[LIVE] != batch.rows:
             self._shares.record(now, [per_row * rows for rows in batch.rows_by_class], batch.backlog)
-        if self.policy.tenant_fairness:
+        if self._fair:
             for item in batch.members:
                 self._tenants.charge(item.tenant, per_row * item.rows)
 
@@ -364,7 +367,8 @@ class RequestQueue:
                 continue
             item.state = RUNNING
             filling = _Filling(now, slot, expired)
-            filling.add(item)
+            filling.members.append(item)
+            filling.rows = filling.rows_by_class[queue.priority] = item.rows
             return self._batch(filling, queue.priority, item.shape)
         return None
 
@@ -459,34 +463,36 @@ class RequestQueue:
     def _take(self, filling: _Filling, queue: ClassQueue, lanes: list[Lane], limit: int) -> None:
         """Move requests from the lanes into the batch, in order, up to `limit` rows in all. The first request of a
         batch is taken whatever its rows. Who would be too late for the batch is dropped instead."""
-        available = sum(lane.rows for lane in lanes)
-        latest = filling.ends_by(available, limit)
-        cost = self._tenants.cost.copy() if self.policy.tenant_fairness else {}
+        one_by_one = len(lanes) > 1
+        cost = self._tenants.cost.copy() if self._fair else {}
+        latest = filling.ends_by(lanes, limit)
         while (lane := most_urgent(lanes, cost)) is not None:
-            item = lane.head()
-            if item is None:
+            first = len(filling.members)
+            rows = lane.take(limit - filling.rows, latest, filling.members, 1 if one_by_one else math.inf)
+            taken = filling.members[first:] if first else filling.members
+            filling.rows += rows
+            filling.rows_by_class[queue.priority] += rows
+            self._left(queue, taken, rows)
+            if one_by_one and taken:
+                tenant = taken[0].tenant
+                cost[tenant] = cost.get(tenant, 0.0) + rows * (self._row_time or _UNMEASURED_ROW)
+                continue
+            head = lane.head()
+            if head is None or head.deadline >= latest:
                 break
-            late = item.deadline < latest
-            if not late and filling.rows + item.rows > limit and filling.members:
-                break
-            lane.pop_head(item)
-            queue.count -= 1
-            queue.rows -= item.rows
-            self.queued -= 1
-            self.queued_bytes -= item.nbytes
-            if late:
-                item.state = DONE
-                filling.expired.append(item)
-                available -= item.rows
-                latest = filling.ends_by(available, limit)
-            else:
-                item.state = RUNNING
-                filling.add(item)
-                available -= item.rows
-            if self.policy.tenant_fairness:
+            self._discard(head)
+            filling.expired.append(head)
+            latest = filling.ends_by(lanes, limit)
+
+    def _left(self, queue: ClassQueue, items: Sequence[Pending], rows: int) -> None:
+        """Account for requests that have just been taken out of their lane."""
+        queue.count -= len(items)
+        queue.rows -= rows
+        self.queued -= len(items)
+        self.queued_bytes -= sum([item.nbytes for item in items])
+        if self._fair:
+            for item in items:
                 self._tenants.leave(item.tenant)
-                if not late:
-                    cost[item.tenant] += item.rows * (self._row_time or _UNMEASURED_ROW)
 
     def _ride(self, filling: _Filling, queue: ClassQueue, lane: Lane) -> None:
         """Rows of lower classes join while the predicted time stays within the slack, and no leader gets late by it;
@@ -504,10 +510,13 @@ class RequestQueue:
             within = min(within, min(member.deadline for member in filling.members) - filling.now)
             limit = filling.model.rows_within(within, filling.rows, policy.max_batch_size)
         for other in below:
-            extra = filling.reserved if other.priority is filling.reserved_for else 0
+            room = min(limit, policy.max_batch_size - filling.reserved)
+            if other.priority is filling.reserved_for:
+                room = min(max(limit, filling.rows + filling.reserved), policy.max_batch_size)
+                filling.reserved = 0
             lanes = self._alike(other, lane, filling.slot)
-            if lanes and max(limit, filling.rows + extra) > filling.rows:
-                self._take(filling, other, lanes, max(limit, filling.rows + extra))
+            if lanes and room > filling.rows:
+                self._take(filling, other, lanes, room)
 
     def _batch(self, filling: _Filling, leader: Priority, shape: Shape) -> Batch:
         return Batch(
@@ -568,11 +577,7 @@ class _Filling:
         self.reserved_for = priority
         self.reserved = rows
 
-    def add(self, item: Pending) -> None:
-        self.members.append(item)
-        self.rows += item.rows
-        self.rows_by_class[item.priority] += item.rows
-
-    def ends_by(self, available: int, limit: int) -> float:
-        """When the batch will surely not be done before, if it takes what is available up to the limit."""
-        return self.now + self.model.lower(max(min(limit, self.rows + available), 1), self.now)
+    def ends_by(self, lanes: list[Lane], limit: int) -> float:
+        """The moment before which the batch will surely not be done, if it takes the lanes' rows up to the limit."""
+        available = self.rows + sum([lane.rows for lane in lanes])
+        return self.now + self.model.lower(max(min(limit, available), 1), self.now)

@@ -1,4 +1,4 @@
-"""The deadlines of all requests on one timer: a heap, and a single `call_later` for the earliest.
+"""The deadlines of all requests on one timer.
 
 What is not here: what an alarm means (runtime.scheduler), and the queue's own look at deadlines (core.queue).
 """
@@ -9,7 +9,9 @@ import asyncio
 import enum
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Final
 
 from kapsl_scheduler.core.batch import Pending
@@ -17,6 +19,7 @@ from kapsl_scheduler.ports import Clock
 
 __all__ = ["Alarm", "Deadlines"]
 
+_LINES: Final = 16
 _GARBAGE: Final = 256  # entries of answered requests tolerated before the heap is first swept
 
 
@@ -33,8 +36,9 @@ class Alarm(enum.IntEnum):
 class Deadlines:
     """Calls `on_alarm(item, alarm)` on the loop for every moment that comes while the item's future is pending.
 
-    An answered request leaves its entry behind, to be swept when such entries outnumber the others: taking it out would
-    cost every request what now only a sweep costs.
+    Moments that are equally far ahead come in the order in which they were added, so each distance has a plain line
+    and adding costs no comparison; distances beyond the first sixteen share a heap. Requests that were answered are
+    dropped from the front of their line when the next one joins it.
     """
 
     def __init__(
@@ -43,30 +47,49 @@ class Deadlines:
         self._loop = loop
         self._clock = clock
         self._on_alarm = on_alarm
-        self._heap: list[tuple[float, int, int, Pending]] = []
+        self._lines: dict[tuple[float, Alarm], deque[tuple[float, Pending]]] = {}
+        self._heap: list[tuple[float, int, Alarm, Pending]] = []
         self._count = 0
         self._sweep_at = _GARBAGE
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._heap) + sum(map(len, self._lines.values()))
 
-    def add(self, when: float, item: Pending, alarm: Alarm) -> None:
-        """Watch for a moment, in the clock's seconds."""
-        self._count += 1
-        heapq.heappush(self._heap, (when, self._count, alarm, item))
-        if len(self._heap) > self._sweep_at:
-            self._sweep()
+    def add(self, item: Pending, seconds: float, alarm: Alarm) -> None:
+        """Watch for the moment `seconds` after the item's arrival."""
+        when = item.arrival + seconds
+        line = self._lines.get((seconds, alarm))
+        if line is None:
+            line = self._new_line(seconds, alarm)
+        if line is None:
+            self._count += 1
+            heapq.heappush(self._heap, (when, self._count, alarm, item))
+            if len(self._heap) > self._sweep_at:
+                self._sweep()
+        else:
+            line.append((when, item))
+            while line[0][1].future.done():
+                line.popleft()
         if when < self._timer_at:
             self._set_timer(when)
 
     def close(self) -> None:
         """No alarm rings any more."""
         self._heap.clear()
+        self._lines.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _new_line(self, seconds: float, alarm: Alarm) -> deque[tuple[float, Pending]] | None:
+        if len(self._lines) >= _LINES:
+            self._lines = {key: line for key, line in self._lines.items() if line}
+        if len(self._lines) >= _LINES:
+            return None
+        line = self._lines[seconds, alarm] = deque()
+        return line
 
     def _sweep(self) -> None:
         self._heap = [entry for entry in self._heap if not entry[3].future.done()]
@@ -81,11 +104,20 @@ class Deadlines:
 
     def _ring(self) -> None:
         now = self._clock()
-        heap = self._heap
         self._timer, self._timer_at = None, math.inf
+        due: list[tuple[float, int, Alarm, Pending]] = []
+        for (_, alarm), line in self._lines.items():
+            while line and (line[0][0] <= now or line[0][1].future.done()):
+                when, item = line.popleft()
+                due.append((when, len(due), alarm, item))
+        heap = self._heap
         while heap and (heap[0][0] <= now or heap[0][3].future.done()):
-            _, _, alarm, item = heapq.heappop(heap)
+            due.append(heapq.heappop(heap))
+        for _, _, alarm, item in sorted(due, key=itemgetter(0)):
             if not item.future.done():
-                self._on_alarm(item, Alarm(alarm))
-        if heap and heap[0][0] < self._timer_at:
-            self._set_timer(heap[0][0])
+                self._on_alarm(item, alarm)
+        earliest = min((line[0][0] for line in self._lines.values() if line), default=math.inf)
+        if self._heap:
+            earliest = min(earliest, self._heap[0][0])
+        if earliest < self._timer_at:
+            self._set_timer(earliest)

@@ -21,15 +21,16 @@ from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy, Request
 from kapsl_scheduler.errors import Unavailable
 from kapsl_scheduler.ports import Clock, Engine
 from kapsl_scheduler.runtime.metrics import EngineHealth
-from kapsl_scheduler.runtime.worker import EngineState, Outcome, TaskWorker, ThreadWorker, Worker
+from kapsl_scheduler.runtime.worker import LOOP_CALL_LIMIT, EngineState, Outcome, TaskWorker, ThreadWorker, Worker
 
 __all__ = ["Dispatch"]
 
 logger = logging.getLogger(__name__)
 
-LOOP_BLOCK_LIMIT: Final = 1e-3
-"""Seconds: one call on the loop's thread above it, and the engine keeps to its own thread for good. It is ten times the
-limit by which warm-up decides, because wall time under load includes whoever else was given the processor."""
+LOOP_BLOCK_LIMIT: Final = 5e-3
+"""Seconds: after one call on the loop's thread above it, the engine keeps to its own thread for good; likewise once the
+median of its last calls is above twice the limit by which warm-up decides. A single call is given more, because its wall
+time includes whatever else was given the processor meanwhile."""
 
 
 class Dispatch:
@@ -59,6 +60,8 @@ class Dispatch:
         self.streams_in_flight = 0
         self.longest_loop_call = 0.0
         self.stopping = False
+        self.works = True
+        """Whether there is an engine that is not lost. True before they are loaded: the queue takes requests then."""
         self._on_outcomes = on_outcomes
         self._idle: list[Worker] = []
         self._armed = False
@@ -145,7 +148,7 @@ class Dispatch:
             if worker is None:
                 return
             batch: Batch | None = None
-            if worker.state.on_loop and self.queue.rows <= self.batch_policy.max_batch_size:
+            if worker.state.on_loop:
                 batch = self.pull(worker, worker.loop_slot)
                 if batch is None:
                     self._idle.remove(worker)
@@ -165,10 +168,11 @@ class Dispatch:
     def _run_here(self, worker: Worker, batch: Batch) -> None:
         outcome = worker.run_call(batch)
         self.longest_loop_call = max(self.longest_loop_call, outcome.elapsed)
-        if outcome.elapsed > LOOP_BLOCK_LIMIT:
-            worker.state.on_loop = False
         with self.lock:
             self._account(outcome)
+            usual = worker.state.latency[batch.shape].upper(batch.rows) or 0.0
+            if outcome.elapsed > LOOP_BLOCK_LIMIT or usual > 2 * LOOP_CALL_LIMIT:
+                worker.state.on_loop = False
             late, self._late = self._late, []
             self._idle.append(worker)
             if self.queue.queued:
@@ -181,14 +185,6 @@ class Dispatch:
             outcomes, self._outcomes = self._outcomes, []
             late, self._late = self._late, []
         self._on_outcomes(self, outcomes, late)
-
-    @property
-    def works(self) -> bool:
-        """Whether there is an engine that is not lost."""
-        for state in self.engines:
-            if not state.lost:
-                return True
-        return not self.engines  # not loaded yet: its queue takes requests meanwhile
 
     def take_over(self, item: Pending) -> None:
         """Queue a request of a dispatch none of whose engines works. Called under the lock; raises `Overloaded`."""
@@ -256,10 +252,16 @@ class Dispatch:
                 return True
             return False
 
+    def lose(self, state: EngineState) -> None:
+        """A slot of the engine has ended by a failure of its own: nothing goes there any more."""
+        with self.lock:
+            self._lose(state)
+
     def recovered(self, state: EngineState) -> None:
         """A lost engine works again: its slots pull."""
         with self.lock:
             state.lost = False
+            self.works = True
 
     def record(self, outcome: Outcome | None) -> None:
         """Hand an outcome (None: just the requests found too late) to the loop, in one wake-up for all."""
@@ -280,10 +282,14 @@ class Dispatch:
         else:
             self.calls_in_flight -= 1
         if isinstance(outcome.error, Unavailable):
-            outcome.state.lost = True
+            self._lose(outcome.state)
         self.queue.finish(batch, elapsed, outcome.ended)
         if outcome.error is None and not stream:
             outcome.state.latency[batch.shape].observe(batch.rows, elapsed, outcome.ended)
+
+    def _lose(self, state: EngineState) -> None:
+        state.lost = True
+        self.works = not all(state.lost for state in self.engines)
 
 
 async def _all_done(futures: Iterable[asyncio.Future[None]]) -> None:

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -55,6 +56,12 @@ class _Phase(enum.Enum):
     OPEN = "ready"
     CLOSING = "closing"
     CLOSED = "closed"
+
+
+# Looking a member up in its enum costs as much as a function call.
+OPEN: Final = _Phase.OPEN
+WAITING: Final = State.WAITING
+DEADLINE: Final = Alarm.DEADLINE
 
 
 class Scheduler:
@@ -102,12 +109,13 @@ class Scheduler:
         self._main = Dispatch(self._batch, self._queue, clock, self._settlement.settle)
         self._cpu: Dispatch | None = None
         self._cpu_start: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = 0
         self._admission: Admission
         self._deadlines: Deadlines
 
     def __repr__(self) -> str:
-        if self._phase is not _Phase.OPEN:
+        if self._phase is not OPEN:
             return f"<Scheduler {self._phase.value}>"
         figures = self.statistics()
         return (
@@ -121,6 +129,7 @@ class Scheduler:
         if self._phase is not _Phase.NEW:
             raise RuntimeError(f"the scheduler is {self._phase.value}: each is entered once")
         self._loop = asyncio.get_running_loop()
+        self._thread = get_ident()
         self._deadlines = Deadlines(self._loop, self._clock, self._on_alarm)
         try:
             await self._main.load(self._engines, self._workers_per_engine)
@@ -129,7 +138,7 @@ class Scheduler:
                 raise ModelLoadError(f"the engines of one scheduler must run the same model, got {infos}")
             self._admission = Admission(infos[0], self._batch.max_batch_size)
             await self._main.serve(self._admission)
-            self._phase = _Phase.OPEN
+            self._phase = OPEN
             if self._fallback:
                 self._cpu_lane()
                 if self._cpu_start is not None:
@@ -152,13 +161,13 @@ class Scheduler:
         A slot whose call hangs is left behind and named in the log. Closing what is closed, or never was entered, does
         nothing. Cancelling it cuts the drain short; the rest is done all the same.
         """
-        if self._phase is not _Phase.OPEN:
+        if self._phase is not OPEN:
             return
         self._phase = _Phase.CLOSING
         try:
             if drain > 0:
                 async with asyncio.timeout(drain):
-                    await self._settlement.idle.wait()
+                    await self._settlement.drained()
         except TimeoutError:
             pass
         finally:
@@ -308,14 +317,12 @@ class Scheduler:
         `DeadlineExceeded`. A reader that leaves the buffer of 16 chunks full for 5 s gets `Overloaded`. Closing the
         iterator closes the engine's generator at its next chunk. Raises what `infer` raises.
         """
-        loop = self._check_loop()
         item = self._enter(request, priority, timeout, session_id, force_cpu)
-        channel = item.stream = StreamChannel(loop, self._clock)
+        channel = item.stream = StreamChannel(self._loop, self._clock)
         item.future.add_done_callback(channel.end_with)
         self._submit(item, None, None)
         if first_chunk_timeout is not None:
-            due = item.arrival + check_timeout("first_chunk_timeout", first_chunk_timeout)
-            self._deadlines.add(due, item, Alarm.FIRST_CHUNK)
+            self._deadlines.add(item, check_timeout("first_chunk_timeout", first_chunk_timeout), Alarm.FIRST_CHUNK)
         try:
             while (chunk := await channel.next_chunk()) is not None:
                 outputs = item.home.layout.row(chunk) if item.bare else dict(chunk)
@@ -329,23 +336,23 @@ class Scheduler:
 
     # ---------------------------------------------------------------------------------------- the way in
 
-    def _check_loop(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            if self._loop is None:
+    def _check_loop(self) -> None:
+        """Raise `RuntimeError` unless the running loop is the one that entered. Asked in a way that costs a third of
+        `get_running_loop`: a thread runs one loop at a time, so ours runs here if it runs and this is its thread."""
+        if get_ident() != self._thread or not self._loop.is_running():
+            if self._phase is _Phase.NEW:
                 raise RuntimeError("the scheduler was not entered: use `async with Scheduler(...)`")
             raise RuntimeError("the scheduler belongs to another event loop: elsewhere, use SyncScheduler")
-        return loop
 
     def _enter(
         self, request: Any, priority: Priority | None, timeout: float | None, session_id: str | None, force_cpu: bool
     ) -> Pending:
         """Admission: a valid request, with its class, its deadline and the dispatch that it goes to."""
         self._check_loop()
-        inputs = request.inputs if type(request) is InferenceRequest else request
         try:
-            if self._phase is not _Phase.OPEN:
+            if self._phase is not OPEN:
                 raise Unavailable(f"the scheduler is {self._phase.value}")
+            inputs = request.inputs if type(request) is InferenceRequest else request
             admitted = self._admission.admit(inputs)
             return self._pending(admitted, request, priority, timeout, session_id, force_cpu)
         except EngineError as error:
@@ -359,15 +366,15 @@ class Scheduler:
         self._check_loop()
         inputs = request.inputs if type(request) is InferenceRequest else request
         try:
-            if self._phase is not _Phase.OPEN:
+            if self._phase is not OPEN:
                 raise Unavailable(f"the scheduler is {self._phase.value}")
             whole = self._admission.normalise(inputs)
             size, parts = self._admission.max_rows, [whole]
-            if whole.rows > size:
+            if whole[1] > size:
                 cut = self._main.layout.slice_inputs
                 parts = [
-                    self._admission.admit(cut(whole.inputs, start, min(start + size, whole.rows)))
-                    for start in range(0, whole.rows, size)
+                    self._admission.admit(cut(whole[0], start, min(start + size, whole[1])))
+                    for start in range(0, whole[1], size)
                 ]
             return [self._pending(part, request, priority, timeout, session_id, force_cpu) for part in parts]
         except EngineError as error:
@@ -404,8 +411,12 @@ class Scheduler:
             priority = self._default_class(admitted, timeout) if priority is None else _as_priority(priority)
         inputs, rows, shape, bare, nbytes = admitted
         now = self._clock()
-        deadline = math.inf if timeout is None else now + check_timeout("timeout", timeout)
-        urgency = now + DEFAULT_HORIZON if timeout is None else deadline
+        if timeout is None:
+            deadline, urgency = math.inf, now + DEFAULT_HORIZON
+        elif timeout > 0:
+            deadline = urgency = now + timeout
+        else:
+            raise InvalidInput(f"timeout: expected more than 0 seconds, got {timeout!r}")
         home = self._main if not force_cpu and self._main.works else self._elsewhere(force_cpu)
         return Pending(
             inputs,
@@ -416,8 +427,9 @@ class Scheduler:
             now,
             deadline,
             urgency,
+            timeout,
             nbytes,
-            self._loop.create_future(),  # type: ignore[union-attr]
+            self._loop.create_future(),
             home,
             request_id,
             tenant if self._queue.tenant_fairness else None,
@@ -431,8 +443,8 @@ class Scheduler:
         return policy(
             RequestProfile(
                 sla_deadline=None if timeout is None else timeout * 1000,
-                batch_size=admitted.rows,
-                input_size_bytes=admitted.nbytes // admitted.rows,
+                batch_size=admitted[1],
+                input_size_bytes=admitted[4] // admitted[1],
             )
         )
 
@@ -460,13 +472,14 @@ class Scheduler:
         except EngineError as error:
             self._count_refusal(error)
             raise
-        self._settlement.opened()
-        if item.deadline < math.inf:
-            self._deadlines.add(item.deadline, item, Alarm.DEADLINE)
+        self._books.offered += 1
+        self._books.open += 1
+        if item.timeout is not None:
+            self._deadlines.add(item, item.timeout, DEADLINE)
         if evicted:
             self._books.evicted += self._settlement.fail(evicted, dispatch.queue.evicted())
-        elif block_timeout is not None and item.state is State.WAITING:
-            self._deadlines.add(item.arrival + block_timeout, item, Alarm.ROOM)
+        elif block_timeout is not None and item.state is WAITING:
+            self._deadlines.add(item, block_timeout, Alarm.ROOM)
 
     # --------------------------------------------------------------------------------------- the way out
 
@@ -477,7 +490,7 @@ class Scheduler:
             future.cancel()
         elif not future.cancelled():
             return  # answered in the same pass of the loop
-        if self._take_out(item) is State.WAITING:
+        if self._take_out(item) is WAITING:
             self._books.withdrawn += 1
         else:
             self._books.cancelled += 1
@@ -485,7 +498,7 @@ class Scheduler:
 
     def _on_alarm(self, item: Pending, alarm: Alarm) -> None:
         if alarm is Alarm.ROOM:
-            if item.state is State.WAITING:
+            if item.state is WAITING:
                 self._take_out(item)
                 refusal = Overloaded("there was no room in the queue in time", retry_after=item.home.queue.drain_time())
                 self._books.refused += self._settlement.fail([item], refusal)
@@ -494,7 +507,7 @@ class Scheduler:
             return
         waited = "the first chunk" if alarm is Alarm.FIRST_CHUNK else "the answer"
         error = DeadlineExceeded(f"the deadline passed before {waited} was there")
-        if self._take_out(item) is State.WAITING:
+        if self._take_out(item) is WAITING:
             self._books.withdrawn += self._settlement.fail([item], error)
         else:
             self._books.expired += self._settlement.fail([item], error)
@@ -521,15 +534,16 @@ class Scheduler:
         lane = self._cpu_lane()
         return lane if lane.works else None
 
-    def _joined(self, parts: Sequence[Pending]) -> InferenceResponse | BaseException:
+    def _joined(self, parts: Sequence[Pending]) -> Any:
         """The answer to one request that went in several parts; its first error if one of them failed."""
         error: BaseException | None
         for part in parts:
             if (error := part.future.exception()) is not None:
                 return error
         answers: list[InferenceResponse] = [part.future.result() for part in parts]
-        if len(parts) == 1:
-            return answers[0]
+        first, *others = answers
+        if not others:
+            return first
         return InferenceResponse(
             self._main.layout.join([answer.outputs for answer in answers]),
             max(answer.queue_time for answer in answers),
@@ -565,11 +579,11 @@ class Scheduler:
         engines = tuple(health for dispatch in self._dispatches() for health in dispatch.health())
         working = sum(engine.status == "ready" for engine in engines)
         status = self._phase.value
-        if self._phase is _Phase.OPEN and working < len(engines):
+        if self._phase is OPEN and working < len(engines):
             status = "degraded" if working else "unavailable"
         return SchedulerHealth(
             healthy=working == len(engines) > 0,
-            ready=self._phase is _Phase.OPEN and working > 0,
+            ready=self._phase is OPEN and working > 0,
             status=status,
             engines=engines,
         )

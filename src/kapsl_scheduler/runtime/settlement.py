@@ -30,25 +30,23 @@ class Settlement:
 
     def __init__(self, clock: Clock, observer: Observer | None, refuge: Callable[[Dispatch], Dispatch | None]) -> None:
         self.books = Books()
-        self.idle = asyncio.Event()
-        """Set while nobody waits for an answer."""
-        self.idle.set()
+        self._drained: asyncio.Event | None = None
         self._clock = clock
         self._observer = observer
         self._refuge = refuge
         self._budget = RetryBudget(clock())
 
-    def opened(self) -> None:
-        """A request has entered the queue (or the line for it)."""
-        self.books.offered += 1
-        self.books.open += 1
-        self.idle.clear()
-
     def closed(self, requests: int) -> None:
-        """So many of them have had their answer, or their caller has gone."""
+        """So many requests have had their answer, or their caller has gone."""
         self.books.open -= requests
-        if not self.books.open:
-            self.idle.set()
+        if self._drained is not None and not self.books.open:
+            self._drained.set()
+
+    async def drained(self) -> None:
+        """Wait until nobody waits for an answer."""
+        if self.books.open:
+            self._drained = asyncio.Event()
+            await self._drained.wait()
 
     def fail(self, items: Iterable[Pending], error: EngineError) -> int:
         """Give each caller that still waits an instance of the error of its own. Returns how many those were; which
@@ -97,20 +95,25 @@ class Settlement:
         batch, elapsed, books = outcome.batch, outcome.elapsed, self.books
         # A stream's chunks have gone their own way: its future only says that it ended.
         parts: Sequence[Any] = [None] if outcome.outputs is None else dispatch.layout.split(outcome.outputs, batch)
-        now, started, rows = self._clock(), batch.started, batch.rows
+        started, rows = batch.started, batch.rows
+        arrivals: dict[Priority, list[float]] = {batch.leader: []}
         answered = 0
         for item, part in zip(batch.members, parts, strict=True):
-            item.state = State.DONE
             future = item.future
             if future.done():
                 continue
-            waited = started - item.arrival
-            future.set_result(part and InferenceResponse(part, waited, elapsed, rows, item.request_id))
+            arrival = item.arrival
+            future.set_result(part and InferenceResponse(part, started - arrival, elapsed, rows, item.request_id))
             answered += 1
-            figures = books.classes[item.priority]
-            figures.answered += 1
-            figures.queue_time += waited
-            figures.latency.add(now - item.arrival)
+            if item.priority in arrivals:
+                arrivals[item.priority].append(arrival)
+            else:
+                arrivals[item.priority] = [arrival]
+        now = self._clock()
+        for priority, moments in arrivals.items():
+            figures = books.classes[priority]
+            figures.queue_time += started * len(moments) - sum(moments)
+            figures.latency.extend([now - moment for moment in moments])
         books.succeeded += answered
         books.discarded += len(batch.members) - answered
         self._budget.earn(answered)
@@ -187,7 +190,7 @@ def report(books: Books, dispatches: Sequence[Dispatch]) -> SchedulerStatistics:
     classes = {
         priority.name.lower(): ClassStatistics(
             queued=queued_by_class[priority],
-            succeeded=figures.answered,
+            succeeded=figures.latency.count,
             latency_p50=figures.latency.percentile(50),
             latency_p99=figures.latency.percentile(99),
             latency_total=figures.latency.total,

@@ -24,7 +24,8 @@ def longest_call(
     engine: Engine, admission: Admission, latency: LatencyTable, clock: Clock, max_rows: int
 ) -> float | None:
     """Run zeros of 1, 2, 4, … `max_rows` rows and return the seconds of the slowest size (the median of seven runs, so
-    that one interruption does not decide). Every run is entered in `latency`. None if zeros cannot be made."""
+    that one interruption does not decide). Every run is entered in `latency`. None if zeros cannot be made, or are not
+    to the engine's taste."""
     info = admission.info
     if any(spec.dtype == "string" for spec in info.inputs):
         return None
@@ -33,11 +34,14 @@ def longest_call(
         inputs = _zeros(info, rows)
         if inputs is None:
             return None
-        model = latency[admission.normalise(inputs).shape]
+        model = latency[admission.normalise(inputs)[2]]
         times = []
         for _ in range(_RUNS):
             started = clock()
-            engine.infer(inputs)
+            try:
+                engine.infer(inputs)
+            except Exception:
+                return None
             ended = clock()
             times.append(ended - started)
             model.observe(rows, times[-1], ended)

@@ -177,7 +177,7 @@ class ThreadWorker(Worker):
                 self._serve()
         except BaseException:
             logger.exception("%s: the slot failed", self.name)
-            self.state.lost = True
+            self.dispatch.lose(self.state)
         finally:
             if self.owns_engine:
                 self._stopped.wait()
@@ -305,7 +305,7 @@ class TaskWorker(Worker):
                 await self._serve()
         except Exception:
             logger.exception("%s: the slot failed", self.name)
-            self.state.lost = True
+            self.dispatch.lose(self.state)
         finally:
             if self.owns_engine:
                 await self._stopped.wait()

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from kapsl_scheduler.core.batch import Pending, Shape, State
+from kapsl_scheduler.core.batch import Pending, State
 from kapsl_scheduler.core.latency import LatencyTable
 from kapsl_scheduler.types import Priority
 
@@ -50,13 +50,14 @@ class Lane:
     skipped when met, and swept when it outnumbers the living.
     """
 
-    __slots__ = ("_fifo", "_heap", "count", "pin", "rows", "shape", "stream", "tenant")
+    __slots__ = ("_fifo", "_heap", "count", "pin", "priority", "rows", "shape", "stream", "tenant")
 
-    def __init__(self, shape: Shape, tenant: str | None, pin: int | None, *, stream: bool) -> None:
-        self.shape = shape
-        self.tenant = tenant
-        self.pin = pin
-        self.stream = stream
+    def __init__(self, first: Pending) -> None:
+        self.priority = first.priority
+        self.shape = first.shape
+        self.tenant = first.tenant
+        self.pin = first.pin
+        self.stream = first.stream is not None
         self.count = 0
         self.rows = 0
         self._fifo: deque[Pending] = deque()
@@ -157,8 +158,6 @@ class ClassQueue:
     def push(self, item: Pending) -> None:
         plain = item.tenant is None and item.pin is None and item.stream is None
         lane = (self._lanes.get(item.shape) if plain else None) or self._lane_of(item)
-        item.state = QUEUED
-        item.lane = lane
         lane.push(item)
         self.count += 1
         self.rows += item.rows
@@ -184,8 +183,7 @@ class ClassQueue:
                 del self._lanes[key]
                 for item in lane:
                     item.pin = None
-                    item.lane = self._lane_of(item)
-                    item.lane.push(item)
+                    self._lane_of(item).push(item)
         for item in self.returned:
             item.pin = None if item.pin == engine else item.pin
 
@@ -233,7 +231,7 @@ class ClassQueue:
         if lane is None:
             if len(self._lanes) > _EMPTY_LANES:
                 self._lanes = {key: lane for key, lane in self._lanes.items() if lane.count}
-            lane = Lane(item.shape, item.tenant, item.pin, stream=item.stream is not None)
+            lane = Lane(item)
             self._lanes[key] = lane
         return lane
 

@@ -11,7 +11,7 @@ import enum
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -30,6 +30,8 @@ DEFAULT_HORIZON: Final = 1.0
 _UNMEASURED_ROW: Final = 1e-6  # seconds; only tells tenants apart until the first call has been timed
 
 LIVE: Final = Priority.LATENCY_CRITICAL
+THROUGHPUT: Final = Priority.THROUGHPUT
+BACKGROUND: Final = Priority.BACKGROUND
 WAITING: Final = State.WAITING
 QUEUED: Final = State.QUEUED
 RUNNING: Final = State.RUNNING
@@ -88,7 +90,7 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
         return dict.fromkeys(below, self.shares)
 
 
-class Pull(NamedTuple):
+class Pull(msgspec.Struct):
     """What a slot should do now: run `batch` if there is one, else look again at `wake_at` (infinite: when told).
 
     `expired` left the queue because their deadline comes before the batch that they would join is done.
@@ -140,7 +142,7 @@ class RequestQueue:
 
     def has_work(self, slot: Slot) -> bool:
         """Whether there is anything that the slot might run, now or after a delay."""
-        return any(queue.returned or (queue.count and queue.lanes(slot)) for queue in self._classes)
+        return any([queue.returned or (queue.count and queue.lanes(slot)) for queue in self._classes])
 
     def drain_time(self) -> float:
         """Predicted seconds until what is queued now has run."""
@@ -401,6 +403,8 @@ class RequestQueue:
     def _lead(self, queue: ClassQueue, lane: Lane, filling: _Filling) -> Batch | None:
         """A batch led by `lane`, with the rows in it that a lower class is owed; where those do not fit in, one
         call led by the class that is owed. None if all in reach were too late."""
+        if self.queued == queue.count:  # nobody below
+            return self._form(queue, lane, filling)
         owed = self._due_below(queue.priority, filling.slot)
         if owed is None:
             return self._form(queue, lane, filling)
@@ -429,11 +433,11 @@ class RequestQueue:
             if self.batch_policy.preferred_batch_sizes:
                 limit = self._preferred(limit, lanes)
             self._take(filling, queue, lanes, min(limit, self.batch_policy.max_batch_size - filling.reserved))
-            if filling.members:
+            if self.queued > queue.count and filling.members:
                 self._ride(filling, queue, lane)
         if not filling.members:
             return None
-        if queue.priority is Priority.BACKGROUND:
+        if queue.priority is BACKGROUND:
             predicted = filling.model.upper(filling.rows) or 0.0
             self.background_bound = max(self.batch_policy.background_slice, predicted)
         return self._batch(filling, queue.priority, shape)
@@ -441,9 +445,9 @@ class RequestQueue:
     def _row_limit(self, priority: Priority, model: LatencyModel, within: float | None = None) -> int:
         """The most rows that may lead a batch of the class. One request always may, whatever its rows."""
         policy = self.batch_policy
-        if priority is Priority.BACKGROUND:
+        if priority is BACKGROUND:
             within = policy.background_slice
-        elif within is None and priority is Priority.THROUGHPUT:
+        elif within is None and priority is THROUGHPUT:
             within = policy.max_batch_time
         if within is None:
             return policy.max_batch_size
@@ -458,6 +462,8 @@ class RequestQueue:
         """The lanes of a class whose rows may join those of `lane` in one call on the slot."""
         if lane.stream or not lane.shape.batchable:
             return []
+        if lane.count == queue.count and lane.priority is queue.priority:
+            return [lane]
         return [other for other in queue.lanes(slot) if other.shape is lane.shape and not other.stream]
 
     def _take(self, filling: _Filling, queue: ClassQueue, lanes: list[Lane], limit: int) -> None:
@@ -505,7 +511,7 @@ class RequestQueue:
         alone = filling.model.upper(filling.rows)
         if alone is not None:
             within = (1 + policy.fill_slack) * alone
-            if queue.priority is Priority.THROUGHPUT and policy.max_batch_time is not None:
+            if queue.priority is THROUGHPUT and policy.max_batch_time is not None:
                 within = min(within, policy.max_batch_time)
             within = min(within, min(member.deadline for member in filling.members) - filling.now)
             limit = filling.model.rows_within(within, filling.rows, policy.max_batch_size)
@@ -525,7 +531,7 @@ class RequestQueue:
             shape=shape,
             leader=leader,
             rows_by_class=tuple(filling.rows_by_class),
-            backlog=tuple(queue.count > 0 for queue in self._classes),
+            backlog=tuple([queue.count > 0 for queue in self._classes]),
             started=filling.now,
         )
 

@@ -28,9 +28,9 @@ __all__ = ["Dispatch"]
 logger = logging.getLogger(__name__)
 
 LOOP_BLOCK_LIMIT: Final = 5e-3
-"""Seconds: after one call on the loop's thread above it, the engine keeps to its own thread for good; likewise once the
-median of its last calls is above twice the limit by which warm-up decides. A single call is given more, because its wall
-time includes whatever else was given the processor meanwhile."""
+"""Seconds: after one call on the loop's thread above it, the engine keeps to its own thread for good; likewise once
+the median of its last calls is above twice the limit by which warm-up decides. A single call is given more, because its
+wall time includes whatever else was given the processor meanwhile."""
 
 
 class Dispatch:
@@ -170,9 +170,9 @@ class Dispatch:
         self.longest_loop_call = max(self.longest_loop_call, outcome.elapsed)
         with self.lock:
             self._account(outcome)
-            usual = worker.state.latency[batch.shape].upper(batch.rows) or 0.0
-            if outcome.elapsed > LOOP_BLOCK_LIMIT or usual > 2 * LOOP_CALL_LIMIT:
-                worker.state.on_loop = False
+            if outcome.elapsed > 2 * LOOP_CALL_LIMIT:
+                usual = worker.state.latency[batch.shape].upper(batch.rows) or 0.0
+                worker.state.on_loop = outcome.elapsed <= LOOP_BLOCK_LIMIT and usual <= 2 * LOOP_CALL_LIMIT
             late, self._late = self._late, []
             self._idle.append(worker)
             if self.queue.queued:

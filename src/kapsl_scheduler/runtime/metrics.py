@@ -95,6 +95,11 @@ class ClassBooks:
         self.queue_time = 0.0
         self.latency = Histogram()
 
+    def add(self, started: float, ended: float, arrivals: list[float]) -> None:
+        """Requests that arrived then, were started together and are answered now."""
+        self.queue_time += started * len(arrivals) - sum(arrivals)
+        self.latency.extend([ended - arrival for arrival in arrivals])
+
 
 class Books:
     """What became of the requests, counted by the loop's thread alone.

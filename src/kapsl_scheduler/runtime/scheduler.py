@@ -318,11 +318,15 @@ class Scheduler:
         iterator closes the engine's generator at its next chunk. Raises what `infer` raises.
         """
         item = self._enter(request, priority, timeout, session_id, force_cpu)
+        if first_chunk_timeout is not None and not first_chunk_timeout > 0:
+            error = InvalidInput(f"first_chunk_timeout: expected more than 0 seconds, got {first_chunk_timeout!r}")
+            self._count_refusal(error)
+            raise error
         channel = item.stream = StreamChannel(self._loop, self._clock)
         item.future.add_done_callback(channel.end_with)
         self._submit(item, None, None)
         if first_chunk_timeout is not None:
-            self._deadlines.add(item, check_timeout("first_chunk_timeout", first_chunk_timeout), Alarm.FIRST_CHUNK)
+            self._deadlines.add(item, first_chunk_timeout, Alarm.FIRST_CHUNK)
         try:
             while (chunk := await channel.next_chunk()) is not None:
                 outputs = item.home.layout.row(chunk) if item.bare else dict(chunk)

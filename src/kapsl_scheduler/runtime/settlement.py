@@ -95,25 +95,24 @@ class Settlement:
         batch, elapsed, books = outcome.batch, outcome.elapsed, self.books
         # A stream's chunks have gone their own way: its future only says that it ended.
         parts: Sequence[Any] = [None] if outcome.outputs is None else dispatch.layout.split(outcome.outputs, batch)
-        started, rows = batch.started, batch.rows
-        arrivals: dict[Priority, list[float]] = {batch.leader: []}
-        answered = 0
+        started, rows, leader = batch.started, batch.rows, batch.leader
+        arrivals: list[float] = []  # of the leader's class, which most batches are all of
+        others: list[Pending] = []
         for item, part in zip(batch.members, parts, strict=True):
             future = item.future
             if future.done():
                 continue
             arrival = item.arrival
             future.set_result(part and InferenceResponse(part, started - arrival, elapsed, rows, item.request_id))
-            answered += 1
-            if item.priority in arrivals:
-                arrivals[item.priority].append(arrival)
+            if item.priority is leader:
+                arrivals.append(arrival)
             else:
-                arrivals[item.priority] = [arrival]
+                others.append(item)
         now = self._clock()
-        for priority, moments in arrivals.items():
-            figures = books.classes[priority]
-            figures.queue_time += started * len(moments) - sum(moments)
-            figures.latency.extend([now - moment for moment in moments])
+        books.classes[leader].add(started, now, arrivals)
+        for item in others:
+            books.classes[item.priority].add(started, now, [item.arrival])
+        answered = len(arrivals) + len(others)
         books.succeeded += answered
         books.discarded += len(batch.members) - answered
         self._budget.earn(answered)

@@ -26,7 +26,7 @@ class StreamChannel:
     """Chunks from one producer to one reader.
 
     The producer calls `put` (from a thread) or awaits `put_async` (on the loop); both return False once the reader has
-    gone, and raise `Overloaded` if it stalls. The reader awaits `next_chunk`, which returns None at the end.
+    gone or been told an error, and raise `Overloaded` if it stalls. The reader awaits `next_chunk`, which returns None at the end.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
@@ -47,9 +47,9 @@ class StreamChannel:
     def put(self, chunk: Tensors) -> bool:
         """Hand over one chunk from the slot's thread, waiting for room."""
         with self._room:
-            if not self._room.wait_for(lambda: self._closed or len(self._chunks) < BUFFERED_CHUNKS, STREAM_STALL):
+            if not self._room.wait_for(lambda: self._over or len(self._chunks) < BUFFERED_CHUNKS, STREAM_STALL):
                 raise _stalled()
-            if self._closed:
+            if self._over:
                 return False
             self._chunks.append(chunk)
             wake = not self._waking
@@ -60,18 +60,23 @@ class StreamChannel:
 
     async def put_async(self, chunk: Tensors) -> bool:
         """Hand over one chunk from a task of the loop, waiting for room."""
-        if len(self._chunks) >= BUFFERED_CHUNKS and not self._closed:
+        if len(self._chunks) >= BUFFERED_CHUNKS and not self._over:
             self._room_async.clear()
             try:
                 async with asyncio.timeout(STREAM_STALL):
                     await self._room_async.wait()
             except TimeoutError:
                 raise _stalled() from None
-        if self._closed:
+        if self._over:
             return False
         self._chunks.append(chunk)
         self._wake()
         return True
+
+    @property
+    def _over(self) -> bool:
+        """Whether more chunks are of no use: the reader has gone, or is about to hear an error."""
+        return self._closed or self._ended
 
     def _wake(self) -> None:
         with self._room:
@@ -85,8 +90,11 @@ class StreamChannel:
     def end(self, error: Exception | None = None) -> None:
         """No more chunks: the reader gets what is buffered, then the end or the error. On the loop."""
         if not self._ended:
-            self._ended = True
             self._error = error
+            with self._room:
+                self._ended = True
+                self._room.notify()
+            self._room_async.set()
             self._readable.set()
 
     def end_with(self, future: asyncio.Future[None]) -> None:

@@ -18,7 +18,6 @@ from kapsl_scheduler.types import Priority
 __all__ = ["ClassQueue", "Lane", "Slot", "most_urgent"]
 
 QUEUED: Final = State.QUEUED
-RETURNED: Final = State.RETURNED
 RUNNING: Final = State.RUNNING
 _EMPTY_LANES: Final = 32  # empty lanes kept for the next request of their kind
 _GARBAGE: Final = 64  # dead entries tolerated beyond the live ones before a container is rebuilt
@@ -67,7 +66,12 @@ class Lane:
         item.state = QUEUED
         item.lane = self
         fifo = self._fifo
-        if not fifo or item.urgency >= fifo[-1].urgency:
+        urgency = item.urgency
+        if (
+            not fifo
+            or urgency > (last := fifo[-1]).urgency
+            or (urgency == last.urgency and item.sequence > last.sequence)
+        ):
             fifo.append(item)
         else:
             heapq.heappush(self._heap, (item.urgency, item.sequence, item))
@@ -89,18 +93,22 @@ class Lane:
             return fifo[0]
         return heap[0][2]
 
+    def first(self) -> Pending:
+        """The most urgent request of a lane that has work, left in place."""
+        head = self.head()
+        assert head is not None, "the lane has no work"
+        return head
+
     def take(self, room: int, latest: float, members: list[Pending], at_most: float = math.inf) -> int:
         """Move requests in order into `members` while their rows fit `room`; they are RUNNING then. The first member of
-        a batch fits in any case. Stops at one whose deadline comes before `latest`. Returns the rows moved."""
+        a batch fits in any case. Stops at one that fits but is due before `latest`. Returns the rows moved."""
         fifo, heap = self._fifo, self._heap
         rows = count = 0
         while count < at_most:
             item = fifo[0] if fifo else None
             if heap or (item is not None and item.state is not QUEUED):
                 item = self.head()
-            if item is None or item.deadline < latest:
-                break
-            if rows + item.rows > room and members:
+            if item is None or (rows + item.rows > room and members) or item.deadline < latest:
                 break
             if heap:
                 self._pop(item)
@@ -198,14 +206,15 @@ class ClassQueue:
         """The lanes with work that the slot may run."""
         return [lane for lane in self._lanes.values() if lane.count and slot.accepts(lane.pin, stream=lane.stream)]
 
+    def has_returned(self, slot: Slot) -> bool:
+        """Whether somebody waits to run alone who may run on the slot."""
+        return any(slot.accepts(item.pin, stream=False) for item in self.returned)
+
     def next_returned(self, slot: Slot) -> Pending | None:
         """The first request that waits to run alone and may run on this slot, taken out."""
-        returned = self.returned
-        while returned and returned[0].state is not RETURNED:
-            returned.popleft()
-        for index, item in enumerate(returned):
-            if item.state is RETURNED and slot.accepts(item.pin, stream=False):
-                del returned[index]
+        for index, item in enumerate(self.returned):
+            if slot.accepts(item.pin, stream=False):
+                del self.returned[index]
                 return item
         return None
 

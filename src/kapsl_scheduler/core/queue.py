@@ -142,7 +142,10 @@ class RequestQueue:
 
     def has_work(self, slot: Slot) -> bool:
         """Whether there is anything that the slot might run, now or after a delay."""
-        return any([queue.returned or (queue.count and queue.lanes(slot)) for queue in self._classes])
+        return any(
+            (queue.count and queue.lanes(slot)) or (queue.returned and queue.has_returned(slot))
+            for queue in self._classes
+        )
 
     def drain_time(self) -> float:
         """Predicted seconds until what is queued now has run."""
@@ -200,7 +203,7 @@ class RequestQueue:
         self.queued_bytes += item.nbytes
         if self._holds_back:
             for below in self._classes[item.priority + 1 :]:
-                below.urged = item.arrival
+                below.urged = max(below.urged, item.arrival)  # who waited for room may have arrived before the last
         if self._fair:
             self._tenants.arrive(item.tenant)
 
@@ -245,6 +248,7 @@ class RequestQueue:
             self._promote()
         elif state is RETURNED:
             item.state = DONE
+            self._classes[item.priority].returned.remove(item)
         else:
             return False
         return True
@@ -256,7 +260,7 @@ class RequestQueue:
             self.remove(item)
         admitted: list[Pending] = []
         for queue in self._classes:
-            admitted += [item for item in queue.returned if item.state is RETURNED]
+            admitted += queue.returned
             admitted += queue.oldest_first()
         for item in admitted:
             self.remove(item)
@@ -294,13 +298,19 @@ class RequestQueue:
 
     def pull(self, now: float, slot: Slot) -> Pull:
         """The next batch for a free slot; its members are RUNNING afterwards."""
-        if self._waiting_count:
-            self._promote()
-            self._promote_leaders(slot)
         expired: list[Pending] = []
-        batch, wake_at = self._next_batch(now, slot, expired)
-        if self._waiting_count:
+        while True:
+            pressed = self._waiting_count > 0
+            if pressed:
+                self._promote_leaders(slot)
+            found = len(expired)
+            batch, wake_at = self._next_batch(now, slot, expired, pressed)
+            if not pressed:
+                break
             self._promote()
+            if batch is not None or len(expired) == found:
+                break
+            # Only places of those who are too late were freed: this slot serves whoever took them.
         return Pull(batch, expired, wake_at)
 
     def give_back(self, items: Iterable[Pending]) -> None:
@@ -345,13 +355,15 @@ class RequestQueue:
             self._waiting_count -= 1
             self._admit(waiting.popleft())
 
-    def _next_batch(self, now: float, slot: Slot, expired: list[Pending]) -> tuple[Batch | None, float]:
+    def _next_batch(self, now: float, slot: Slot, expired: list[Pending], pressed: bool) -> tuple[Batch | None, float]:
+        """The next batch, and when to look again if there is none. Nothing is held back while others are `pressed` to
+        wait for room."""
         for queue in self._classes:
             if queue.returned and (batch := self._alone(queue, now, slot, expired)) is not None:
                 return batch, math.inf
-            # All that a lead has in reach may turn out to be too late: then the next one leads.
+            # A leader that turns out to be too late makes no batch: then the next most urgent leads.
             while queue.count and (lanes := queue.lanes(slot)):
-                ready, held_until = self._ready(queue, lanes, now)
+                ready, held_until = self._ready(queue, lanes, now, pressed)
                 lane = most_urgent(ready, self._tenants.cost)
                 if lane is None:
                     return None, held_until  # held back on purpose, and what is below with it
@@ -374,21 +386,25 @@ class RequestQueue:
             return self._batch(filling, queue.priority, item.shape)
         return None
 
-    def _ready(self, queue: ClassQueue, lanes: list[Lane], now: float) -> tuple[list[Lane], float]:
+    def _ready(self, queue: ClassQueue, lanes: list[Lane], now: float, pressed: bool) -> tuple[list[Lane], float]:
         """The lanes that may start, and when the first of the others may."""
         policy = self.batch_policy
-        if not policy.max_queue_delay or queue.priority is LIVE or self._waiting_count:
+        if not policy.max_queue_delay or queue.priority is LIVE or pressed:
             return lanes, math.inf
         enough = min(policy.preferred_batch_sizes, default=policy.max_batch_size)
         ready: list[Lane] = []
-        held_until = math.inf
+        together: dict[Shape, list[Lane]] = {}  # lanes that would share a batch are held together
         for lane in lanes:
-            if lane.rows >= enough or lane.stream or not lane.shape.batchable:
+            if lane.stream or not lane.shape.batchable:
                 ready.append(lane)
-                continue
-            oldest = min(item.arrival for item in lane)
-            if oldest <= queue.urged or oldest + policy.max_queue_delay <= now:
-                ready.append(lane)
+            else:
+                together.setdefault(lane.shape, []).append(lane)
+        held_until = math.inf
+        for alike in together.values():
+            oldest = min(item.arrival for lane in alike for item in lane)
+            full = sum(lane.rows for lane in alike) >= enough
+            if full or oldest <= queue.urged or oldest + policy.max_queue_delay <= now:
+                ready += alike
             else:
                 held_until = min(held_until, oldest + policy.max_queue_delay)
         return ready, held_until
@@ -403,53 +419,62 @@ class RequestQueue:
     def _lead(self, queue: ClassQueue, lane: Lane, filling: _Filling) -> Batch | None:
         """A batch led by `lane`, with the rows in it that a lower class is owed; where those do not fit in, one
         call led by the class that is owed. None if all in reach were too late."""
-        if self.queued == queue.count:  # nobody below
-            return self._form(queue, lane, filling)
-        owed = self._due_below(queue.priority, filling.slot)
-        if owed is None:
-            return self._form(queue, lane, filling)
-        head = lane.head()
-        first = most_urgent(self._alike(owed, lane, filling.slot), self._tenants.cost)
-        guest = first.head() if first is not None else None
-        room = self.batch_policy.max_batch_size
-        if head is not None and guest is not None and head.rows + guest.rows <= room:
-            share = math.ceil(self._shares.shares[owed.priority] * room)
-            filling.reserve(owed.priority, min(max(guest.rows, share), room - head.rows))
+        below = self.queued > queue.count
+        owed = self._due_below(queue.priority, filling.slot) if below else None
+        if owed is None or self._reserve(filling, queue, lane, owed):
             return self._form(queue, lane, filling)
         leading = most_urgent(owed.lanes(filling.slot), self._tenants.cost)
-        if leading is None:
-            return self._form(queue, lane, filling)
-        return self._form(owed, leading, filling, within=self.batch_policy.background_slice)
+        assert leading is not None, "a class whose share is due has work"
+        return self._form(owed, leading, filling, self.batch_policy.background_slice)
 
-    def _form(self, queue: ClassQueue, lane: Lane, filling: _Filling, within: float | None = None) -> Batch | None:
-        """Take the leaders, then who rides along. `within` bounds the predicted time of the leaders' rows."""
-        shape = lane.shape
-        filling.model = filling.slot.latency[shape]
-        if lane.stream or not shape.batchable:
-            self._take(filling, queue, [lane], 0)
-        else:
-            lanes = self._alike(queue, lane, filling.slot)
-            limit = self._row_limit(queue.priority, filling.model, within)
-            if self.batch_policy.preferred_batch_sizes:
-                limit = self._preferred(limit, lanes)
-            self._take(filling, queue, lanes, min(limit, self.batch_policy.max_batch_size - filling.reserved))
-            if self.queued > queue.count and filling.members:
-                self._ride(filling, queue, lane)
+    def _reserve(self, filling: _Filling, queue: ClassQueue, lane: Lane, owed: ClassQueue) -> bool:
+        """Keep rows for the class `owed` in the batch that `lane` is to lead. False if its first would not fit in."""
+        guests = self._alike(owed, lane, filling.slot)
+        guest = most_urgent(guests, self._tenants.cost)
+        if guest is None:
+            return False
+        filling.model = filling.slot.latency[lane.shape]
+        wanted = guest.first().rows
+        room = self._limit(queue, lane, filling) - lane.first().rows
+        if wanted > room:
+            return False
+        share = math.ceil(self._shares.shares[owed.priority] * self.batch_policy.max_batch_size)
+        filling.owed = owed
+        filling.reserved = min(max(wanted, share), room, sum(guest.rows for guest in guests))
+        return True
+
+    def _form(self, queue: ClassQueue, lane: Lane, filling: _Filling, within: float = math.inf) -> Batch | None:
+        """Take the leaders, then who rides along. `within` bounds the predicted time of the batch."""
+        filling.model = filling.slot.latency[lane.shape]
+        limit = self._limit(queue, lane, filling, within)
+        self._take(filling, queue, self._alike(queue, lane, filling.slot), limit - filling.reserved)
         if not filling.members:
             return None
+        if self.queued > queue.count:
+            self._ride(filling, queue, lane, limit)
         if queue.priority is BACKGROUND:
             predicted = filling.model.upper(filling.rows) or 0.0
             self.background_bound = max(self.batch_policy.background_slice, predicted)
-        return self._batch(filling, queue.priority, shape)
+        return self._batch(filling, queue.priority, lane.shape)
 
-    def _row_limit(self, priority: Priority, model: LatencyModel, within: float | None = None) -> int:
-        """The most rows that may lead a batch of the class. One request always may, whatever its rows."""
+    def _limit(self, queue: ClassQueue, lane: Lane, filling: _Filling, within: float = math.inf) -> int:
+        """The most rows of a batch that `lane` leads. One request always may, whatever its rows."""
+        own = lane.first().rows
+        if lane.stream or not lane.shape.batchable:
+            return own
+        limit = self._row_limit(queue.priority, filling.model, within)
+        if self.batch_policy.preferred_batch_sizes:
+            limit = self._preferred(limit, self._alike(queue, lane, filling.slot))
+        return max(limit, own)
+
+    def _row_limit(self, priority: Priority, model: LatencyModel, within: float = math.inf) -> int:
+        """The most rows that a batch led by the class may have, its leader's aside."""
         policy = self.batch_policy
         if priority is BACKGROUND:
             within = policy.background_slice
-        elif within is None and priority is THROUGHPUT:
-            within = policy.max_batch_time
-        if within is None:
+        elif priority is THROUGHPUT:
+            within = min(within, policy.max_batch_time or math.inf)
+        if within == math.inf:
             return policy.max_batch_size
         return model.rows_within(within, 1, policy.max_batch_size)
 
@@ -459,16 +484,16 @@ class RequestQueue:
         return max((size for size in self.batch_policy.preferred_batch_sizes if size <= available), default=limit)
 
     def _alike(self, queue: ClassQueue, lane: Lane, slot: Slot) -> list[Lane]:
-        """The lanes of a class whose rows may join those of `lane` in one call on the slot."""
+        """The lanes of a class whose rows may join those of `lane` in one call on the slot, itself among them."""
         if lane.stream or not lane.shape.batchable:
-            return []
+            return [lane] if lane.priority is queue.priority else []
         if lane.count == queue.count and lane.priority is queue.priority:
             return [lane]
         return [other for other in queue.lanes(slot) if other.shape is lane.shape and not other.stream]
 
     def _take(self, filling: _Filling, queue: ClassQueue, lanes: list[Lane], limit: int) -> None:
-        """Move requests from the lanes into the batch, in order, up to `limit` rows in all. The first request of a
-        batch is taken whatever its rows. Who would be too late for the batch is dropped instead."""
+        """Move requests from the lanes into the batch, in order, up to `limit` rows in all. Who would be too late for
+        the batch is dropped instead; if that is its leader, the class may have a more urgent one elsewhere."""
         one_by_one = len(lanes) > 1
         cost = self._tenants.cost.copy() if self._fair else {}
         latest = filling.ends_by(lanes, limit)
@@ -484,10 +509,12 @@ class RequestQueue:
                 cost[tenant] = cost.get(tenant, 0.0) + rows * (self._row_time or _UNMEASURED_ROW)
                 continue
             head = lane.head()
-            if head is None or head.deadline >= latest:
+            if head is None or filling.rows + head.rows > limit or head.deadline >= latest:
                 break
             self._discard(head)
             filling.expired.append(head)
+            if not filling.members:
+                break
             latest = filling.ends_by(lanes, limit)
 
     def _left(self, queue: ClassQueue, items: Sequence[Pending], rows: int) -> None:
@@ -500,29 +527,26 @@ class RequestQueue:
             for item in items:
                 self._tenants.leave(item.tenant)
 
-    def _ride(self, filling: _Filling, queue: ClassQueue, lane: Lane) -> None:
-        """Rows of lower classes join while the predicted time stays within the slack, and no leader gets late by it;
-        a class whose share is due gets the rows reserved for it in any case."""
-        policy = self.batch_policy
-        below = [other for other in self._classes[queue.priority + 1 :] if other.count]
-        if not below or filling.rows >= policy.max_batch_size:
+    def _ride(self, filling: _Filling, queue: ClassQueue, lane: Lane, limit: int) -> None:
+        """Rows of lower classes join while the predicted time stays within the slack, and nobody gets late by it; a
+        class whose share is due gets the rows reserved for it in any case."""
+        slot, model = filling.slot, filling.model
+        alone = model.upper(filling.rows)
+        if filling.owed is not None:
+            room = filling.rows + filling.reserved
+            filling.reserved = 0
+            self._take(filling, filling.owed, self._alike(filling.owed, lane, slot), room)
+            if any(leading.count for leading in self._alike(queue, lane, slot)):
+                return  # leaders stood back for that share, not for others
+        if alone is None:
             return
-        limit = filling.rows
-        alone = filling.model.upper(filling.rows)
-        if alone is not None:
-            within = (1 + policy.fill_slack) * alone
-            if queue.priority is THROUGHPUT and policy.max_batch_time is not None:
-                within = min(within, policy.max_batch_time)
-            within = min(within, min(member.deadline for member in filling.members) - filling.now)
-            limit = filling.model.rows_within(within, filling.rows, policy.max_batch_size)
-        for other in below:
-            room = min(limit, policy.max_batch_size - filling.reserved)
-            if other.priority is filling.reserved_for:
-                room = min(max(limit, filling.rows + filling.reserved), policy.max_batch_size)
-                filling.reserved = 0
-            lanes = self._alike(other, lane, filling.slot)
-            if lanes and room > filling.rows:
-                self._take(filling, other, lanes, room)
+        within = (1 + self.batch_policy.fill_slack) * alone
+        for other in self._classes[queue.priority + 1 :]:
+            if other.count and filling.rows < limit and (lanes := self._alike(other, lane, slot)):
+                in_time = min([member.deadline for member in filling.members]) - filling.now
+                room = model.rows_within(min(within, in_time), filling.rows, limit)
+                if room > filling.rows:
+                    self._take(filling, other, lanes, room)
 
     def _batch(self, filling: _Filling, leader: Priority, shape: Shape) -> Batch:
         return Batch(
@@ -556,17 +580,7 @@ class RequestQueue:
 class _Filling:
     """A batch in the making."""
 
-    __slots__ = (
-        "expired",
-        "members",
-        "model",
-        "now",
-        "reserved",
-        "reserved_for",
-        "rows",
-        "rows_by_class",
-        "slot",
-    )
+    __slots__ = ("expired", "members", "model", "now", "owed", "reserved", "rows", "rows_by_class", "slot")
 
     def __init__(self, now: float, slot: Slot, expired: list[Pending]) -> None:
         self.now = now
@@ -575,15 +589,12 @@ class _Filling:
         self.members: list[Pending] = []
         self.rows = 0
         self.rows_by_class = [0] * len(Priority)
+        self.owed: ClassQueue | None = None  # the class whose share is due, and the rows kept for it
         self.reserved = 0
-        self.reserved_for: Priority | None = None
         self.model: LatencyModel
 
-    def reserve(self, priority: Priority, rows: int) -> None:
-        self.reserved_for = priority
-        self.reserved = rows
-
     def ends_by(self, lanes: list[Lane], limit: int) -> float:
-        """The moment before which the batch will surely not be done, if it takes the lanes' rows up to the limit."""
+        """The moment before which the batch will surely not be done, if it takes the lanes' rows up to the limit, and
+        those reserved."""
         available = self.rows + sum([lane.rows for lane in lanes])
-        return self.now + self.model.lower(max(min(limit, available), 1), self.now)
+        return self.now + self.model.lower(min(limit, available) + self.reserved, self.now)

@@ -118,6 +118,7 @@ class Dispatch:
         with self.lock:
             self.stopping = True
             self._idle.clear()
+        hung: list[str] = []
         # The engine is unloaded by the slot that loaded it, when its other slots have ended.
         for owners in (False, True):
             group = [worker for worker in self.workers if worker.started and worker.owns_engine is owners]
@@ -125,11 +126,12 @@ class Dispatch:
                 worker.stop()
             if group:
                 await asyncio.wait([worker.ended for worker in group], timeout=patience)
-        hung = [worker for worker in self.workers if worker.started and not worker.ended.done()]
-        for worker in hung:
-            worker.abandon()
-            logger.error("%s: a call hangs; its slot is left behind", worker.name)
-        return [worker.name for worker in hung]
+            for worker in group:
+                if not worker.ended.done():
+                    logger.error("%s: a call hangs; its slot is left behind", worker.name)
+                    hung.append(worker.name)
+                    await worker.abandon(patience)
+        return hung
 
     # ------------------------------------------------------------------------------ the loop's side
 
@@ -174,9 +176,13 @@ class Dispatch:
                 usual = worker.state.latency[batch.shape].upper(batch.rows) or 0.0
                 worker.state.on_loop = outcome.elapsed <= LOOP_BLOCK_LIMIT and usual <= 2 * LOOP_CALL_LIMIT
             late, self._late = self._late, []
-            self._idle.append(worker)
-            if self.queue.queued:
-                self.arm()
+            lost = worker.state.lost
+            if not lost:
+                self._idle.append(worker)
+                if self.queue.queued:
+                    self.arm()
+        if lost:
+            worker.wake()  # its thread asks for the engine's health
         self._on_outcomes(self, [outcome], late)
 
     def _deliver(self) -> None:
@@ -186,9 +192,13 @@ class Dispatch:
             late, self._late = self._late, []
         self._on_outcomes(self, outcomes, late)
 
-    def take_over(self, item: Pending) -> None:
-        """Queue a request of a dispatch none of whose engines works. Called under the lock; raises `Overloaded`."""
-        self.queue.push(item, self.clock(), QueueOverflowPolicy.BLOCK, may_wait=False)
+    def take_over(self, item: Pending, *, may_wait: bool) -> None:
+        """Queue a request of a dispatch none of whose engines works; one that was in the lost call comes back alone.
+        Called under the lock; raises `Overloaded`."""
+        if item.losses:
+            self.queue.give_back([item])
+        else:
+            self.queue.push(item, self.clock(), QueueOverflowPolicy.BLOCK, may_wait=may_wait)
         self.arm()
 
     def running(self) -> list[Pending]:

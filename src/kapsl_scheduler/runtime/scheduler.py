@@ -204,6 +204,7 @@ class Scheduler:
             await lane.load([engine], self._cpu_workers)
             await lane.serve(self._admission)
         except EngineError as error:
+            await lane.stop(HUNG_AFTER)
             with lane.lock:
                 waiting, queued = lane.queue.clear()
             self._books.refused += self._settlement.fail(waiting, error)

@@ -7,8 +7,9 @@ calls are made (runtime.worker).
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from kapsl_scheduler.core.batch import Pending, State
 from kapsl_scheduler.core.health import RetryBudget
@@ -17,9 +18,11 @@ from kapsl_scheduler.ports import Clock, Observer
 from kapsl_scheduler.runtime.dispatch import Dispatch
 from kapsl_scheduler.runtime.metrics import Books, ClassStatistics, SchedulerStatistics
 from kapsl_scheduler.runtime.worker import Outcome
-from kapsl_scheduler.types import InferenceResponse, Priority
+from kapsl_scheduler.types import InferenceResponse, Priority, Tensors
 
 __all__ = ["Settlement", "report"]
+
+logger = logging.getLogger(__name__)
 
 
 class Settlement:
@@ -82,19 +85,23 @@ class Settlement:
         books.busy_time += outcome.elapsed
         books.batch_sizes[batch.rows] = books.batch_sizes.get(batch.rows, 0) + 1
         if self._observer is not None:
-            self._observer.on_call(
-                rows=batch.rows,
-                requests=len(batch.members),
-                started=batch.started,
-                elapsed=outcome.elapsed,
-                failed=outcome.error is not None,
-            )
+            try:
+                self._observer.on_call(
+                    rows=batch.rows,
+                    requests=len(batch.members),
+                    started=batch.started,
+                    elapsed=outcome.elapsed,
+                    failed=outcome.error is not None,
+                )
+            except Exception:
+                logger.exception("the observer failed")
 
     def _answer(self, dispatch: Dispatch, outcome: Outcome) -> None:
         """Each member's rows to its caller."""
         batch, elapsed, books = outcome.batch, outcome.elapsed, self.books
         # A stream's chunks have gone their own way: its future only says that it ended.
-        parts: Sequence[Any] = [None] if outcome.outputs is None else dispatch.layout.split(outcome.outputs, batch)
+        stream = batch.members[0].stream is not None
+        parts: Sequence[Any] = [None] if stream else dispatch.layout.split(cast(Tensors, outcome.outputs), batch)
         started, rows, leader = batch.started, batch.rows, batch.leader
         arrivals: list[float] = []  # of the leader's class, which most batches are all of
         others: list[Pending] = []
@@ -103,7 +110,9 @@ class Settlement:
             if future.done():
                 continue
             arrival = item.arrival
-            future.set_result(part and InferenceResponse(part, started - arrival, elapsed, rows, item.request_id))
+            future.set_result(
+                None if stream else InferenceResponse(part, started - arrival, elapsed, rows, item.request_id)
+            )
             if item.priority is leader:
                 arrivals.append(arrival)
             else:
@@ -148,18 +157,25 @@ class Settlement:
             if dispatch.works:
                 return
             waiting, queued = dispatch.queue.clear()
-        self.books.refused += self.fail(waiting, error)
         refuge = self._refuge(dispatch)
         if refuge is None:
+            self.books.refused += self.fail(waiting, error)
             self.books.failed += self.fail(queued, error)
             return
-        for item in queued:
+        self.books.failed += self._move(queued, refuge, may_wait=False)
+        self.books.refused += self._move(waiting, refuge, may_wait=True)
+
+    def _move(self, items: Iterable[Pending], refuge: Dispatch, *, may_wait: bool) -> int:
+        """Let the refuge take requests over. Returns how many it had no room for: those have failed."""
+        failed = 0
+        for item in items:
             item.home = refuge
             try:
                 with refuge.lock:
-                    refuge.take_over(item)
+                    refuge.take_over(item, may_wait=may_wait)
             except EngineError as refusal:
-                self.books.failed += self.fail([item], refusal)
+                failed += self.fail([item], refusal)
+        return failed
 
 
 def as_engine_error(error: BaseException) -> EngineError:

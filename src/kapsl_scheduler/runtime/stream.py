@@ -26,7 +26,8 @@ class StreamChannel:
     """Chunks from one producer to one reader.
 
     The producer calls `put` (from a thread) or awaits `put_async` (on the loop); both return False once the reader has
-    gone or been told an error, and raise `Overloaded` if it stalls. The reader awaits `next_chunk`, which returns None at the end.
+    gone or been told an error, and raise `Overloaded` if it stalls. The reader awaits `next_chunk`, which returns None
+    at the end.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:

@@ -107,7 +107,7 @@ class Worker(abc.ABC):
         """End when the present call has ended."""
 
     @abc.abstractmethod
-    def abandon(self) -> None:
+    async def abandon(self, patience: float) -> None:
         """Give the slot up: its call hangs."""
 
     def run_call(self, batch: Batch) -> Outcome:
@@ -151,6 +151,7 @@ class ThreadWorker(Worker):
         self._gate = threading.Lock()  # held while parked; whoever took the slot off the idle list releases it
         self._gate.acquire()
         self._stopped = threading.Event()
+        self._abandoned = False
         self._thread = threading.Thread(target=self._main, name=f"kapsl-{self.name}", daemon=True)
 
     def start(self) -> None:
@@ -168,8 +169,9 @@ class ThreadWorker(Worker):
         if self._gate.locked():
             self._gate.release()
 
-    def abandon(self) -> None:
-        """Python cannot end a thread: it stays until its call returns, and touches nothing then."""
+    async def abandon(self, patience: float) -> None:
+        """Python cannot end a thread: it stays until its call returns, and does no more than unload the engine then."""
+        self._abandoned = True
 
     def _main(self) -> None:
         try:
@@ -214,6 +216,8 @@ class ThreadWorker(Worker):
                 self._park()
                 continue
             outcome = self.run_call(batch) if batch.members[0].stream is None else self._run_stream(batch)
+            if self._abandoned:
+                return
             dispatch.record(outcome)
             if self.state.lost:
                 self._probe()
@@ -294,10 +298,11 @@ class TaskWorker(Worker):
         self._stopped.set()
         self._gate.set()
 
-    def abandon(self) -> None:
+    async def abandon(self, patience: float) -> None:
         """A task, unlike a thread, can be ended."""
         if self._task is not None:
             self._task.cancel()
+            await asyncio.wait([self._task], timeout=patience)
 
     async def _main(self) -> None:
         try:
@@ -385,6 +390,10 @@ class TaskWorker(Worker):
                 outcome.outputs = await engine.infer(self.dispatch.layout.stack(batch.members))
             else:
                 await self._run_stream(batch)
+        except asyncio.CancelledError as error:
+            if self._task is not None and self._task.cancelling():
+                raise
+            outcome.error = error  # something that the engine awaits was cancelled, not this slot
         except Exception as error:
             outcome.error = error
         finally:

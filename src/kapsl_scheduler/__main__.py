@@ -1,0 +1,5 @@
+"""`python -m kapsl_scheduler`: the command line."""
+
+from kapsl_scheduler.cli import main
+
+main()

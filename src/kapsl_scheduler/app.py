@@ -1,0 +1,209 @@
+"""The composition root: configuration to packages, engines, schedulers, registry and server, and their end.
+
+What is not here: what is configured (`config`), how a request is answered (`server`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import re
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import uvicorn
+
+from kapsl_scheduler.config import Config, ConfigError, ModelSettings, unknown_key
+from kapsl_scheduler.engines.onnx import OnnxEngine, usable_providers
+from kapsl_scheduler.errors import ModelLoadError
+from kapsl_scheduler.packages import LoadedPackage, load_model
+from kapsl_scheduler.runtime.registry import ModelRegistry
+from kapsl_scheduler.runtime.scheduler import Scheduler
+from kapsl_scheduler.server.http import HttpApi
+
+__all__ = ["Listening", "serve"]
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_NAMED_PATH: Final = re.compile(r"([\w.-]+)=(.+)")
+# Longer than clients keep a connection idle, so that it is they who close it and never we, under a request.
+_KEEP_ALIVE: Final = 75
+# What a connection may still take, after the drain has failed all requests, to be told so.
+_GOODBYE: Final = 2
+
+
+class Listening(NamedTuple):
+    """What a server says once it answers."""
+
+    url: str
+    models: tuple[str, ...]
+
+
+class _Source(NamedTuple):
+    name: str
+    package: LoadedPackage
+    settings: ModelSettings
+
+
+async def serve(config: Config, models: Sequence[str], *, announce: Callable[[Listening], None]) -> None:
+    """Serves models until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
+
+    `models` are paths of packages or model files, `NAME=PATH` to choose a name. `announce` is called once, when
+    the server answers. Raises `ModelLoadError`, `ConfigError` for a configured model that is not there, and
+    `OSError` for an address that cannot be had.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="kapsl-") as workdir,
+        _listen(config.server.host, config.server.port) as listener,
+    ):
+        sources = await asyncio.to_thread(_open_all, config, models, Path(workdir))
+        async with ModelRegistry(_start) as registry:
+            for source in sources:
+                await registry.load(source.name, source)
+            await _serve_http(config, registry, listener, announce)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def _open_all(config: Config, models: Sequence[str], workdir: Path) -> list[_Source]:
+    sources: dict[str, _Source] = {}
+    for given in models:
+        named = None if Path(given).exists() else _NAMED_PATH.fullmatch(given)
+        package = load_model(named.group(2) if named else given, workdir=workdir)
+        name = named.group(1) if named else package.manifest.project_name
+        if name in sources:
+            raise ModelLoadError(f"{given}: a model named {name!r} is there already; name this one NAME={given}")
+        sources[name] = _Source(name, package, config.for_model(name))
+    faults = [unknown_key("models", name, sources) for name in config.models if name not in sources]
+    if faults:
+        raise ConfigError(faults)
+    return list(sources.values())
+
+
+async def _start(source: _Source) -> Scheduler:
+    settings = source.settings
+    scheduler = Scheduler(
+        [_engine(source)],
+        batch=settings.batch_policy(),
+        queue=settings.queue_policy(),
+        workers_per_engine=settings.workers,
+        default_priority=settings.priority(),
+    )
+    return await scheduler.__aenter__()
+
+
+def _engine(source: _Source) -> OnnxEngine:
+    manifest = source.package.manifest
+    if manifest.framework.lower() != "onnx":
+        raise ModelLoadError(f"{source.name}: framework {manifest.framework!r} came, expected 'onnx'")
+    requirements = manifest.hardware_requirements
+    preferred = filter(None, (requirements.preferred_provider, *requirements.fallback_providers))
+    return OnnxEngine(
+        source.package.model_path,
+        providers=usable_providers(preferred),
+        threads=source.settings.threads,
+        graph_optimization_level=requirements.graph_optimization_level or "all",
+        name=source.name,
+        version=manifest.version,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the server
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own handling of signals, which would re-raise them after the drain."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        hint = "; another --port, or 0 for any that is free, may do" if port else ""
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from error
+
+
+async def _serve_http(
+    config: Config,
+    registry: ModelRegistry[_Source],
+    listener: socket.socket,
+    announce: Callable[[Listening], None],
+) -> None:
+    api = HttpApi(registry, version=_version(), max_body_bytes=config.server.max_body_bytes)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    names = tuple(model.name for model in registry.list())
+    server = _Server(
+        uvicorn.Config(
+            api,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=config.server.max_connections,
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=math.ceil(config.server.drain) + _GOODBYE,
+        ),
+        started=lambda: announce(Listening(url, names)),
+    )
+    with _first_signal() as stop:
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(server.serve([listener]))
+            await stop.wait()
+            api.draining = True
+            server.should_exit = True
+            await asyncio.wait({serving}, timeout=config.server.drain)
+            # Whoever still waits now hears that the server is closing, not that the connection is gone.
+            await registry.close(0)
+
+
+def _version() -> str:
+    try:
+        return version("kapsl-scheduler")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+@contextlib.contextmanager
+def _first_signal() -> Iterator[asyncio.Event]:
+    """An event that the first signal sets. The next one meets the system's own handler, which ends the process."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def restore() -> None:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    def on_signal() -> None:
+        restore()
+        stop.set()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        restore()

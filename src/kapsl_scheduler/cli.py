@@ -1,0 +1,345 @@
+"""The command line: serve, infer, models, bench, pack, demo. Words in, words and exit codes out.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage. What is not here: what the commands do. Modules that need an extra
+are imported by the command that needs them, so that every other command works without it, and starts fast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import numpy as np
+
+from kapsl_scheduler.config import ConfigError, ModelSettings, ServerSettings, load_config
+from kapsl_scheduler.errors import EngineError, ModelNotLoaded, Unavailable
+from kapsl_scheduler.types import Priority
+
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit("The command line needs click: pip install 'kapsl-scheduler[server,onnx]'")
+
+if TYPE_CHECKING:
+    from kapsl_scheduler.app import Listening
+    from kapsl_scheduler.client import LoadTally
+    from kapsl_scheduler.server.oip import InferReply
+
+__all__ = ["main"]
+
+_DEFAULT_URL: Final = "http://127.0.0.1:8080"
+_EXTRAS: Final = frozenset({"click", "httptools", "onnxruntime", "rich", "starlette", "uvicorn"})
+_ADVICE: Final[Mapping[type[EngineError], str]] = {
+    Unavailable: "Start a server with `kapsl-scheduler serve MODEL`, or name one with --url.",
+    ModelNotLoaded: "`kapsl-scheduler models` lists what is there.",
+}
+_HELP: Final[Mapping[str, str]] = {
+    "host": "Address to listen on.",
+    "port": "Port to listen on; 0 takes one that is free.",
+    "allow_remote": "Allow an address that other machines can reach. There is no authentication yet.",
+    "max_body_bytes": "Largest request body.",
+    "max_connections": "Most connections at a time.",
+    "drain": "Seconds that requests in flight have to end after a signal.",
+    "max_batch_size": "Most rows in one call of a model.",
+    "max_queue_delay": "Seconds that requests below live ones may wait for a batch to fill.",
+    "preferred_batch_sizes": "Sizes to fill batches to, such as 8,16.",
+    "max_batch_time": "Seconds that a batch of throughput work may take.",
+    "fill_slack": "How much longer live batches may get by taking others along, as a fraction.",
+    "background_slice": "Seconds that a batch of background work may take.",
+    "max_queue_size": "Most requests that wait for a model.",
+    "max_queue_bytes": "Most bytes of inputs that wait for a model.",
+    "overflow": "What a full queue does: drop_newest, drop_oldest or block.",
+    "block_timeout": "Seconds that a request waits for room where a full queue blocks.",
+    "max_waiting": "Most requests that wait for room.",
+    "shares": "Fraction of the engine's time that each class below live requests keeps.",
+    "default_priority": "Class of requests without one: latency_critical, throughput or background.",
+    "workers": "Calls of one model that run side by side.",
+    "threads": "Threads of one call.",
+}
+
+
+class _Commands(click.Group):
+    """Turns what a command raises into one message that says what to do next."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+        except EngineError as error:
+            advice = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), "")
+            raise click.ClickException("\n".join(filter(None, [str(error), advice]))) from error
+        except ModuleNotFoundError as error:
+            if error.name not in _EXTRAS:
+                raise
+            message = f"{error.name} is not installed: pip install 'kapsl-scheduler[server,onnx]'"
+            raise click.ClickException(message) from error
+        except OSError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kapsl-scheduler")
+def main() -> None:
+    """Answers live requests first and batches the rest behind them."""
+
+
+_url = click.option("--url", default=_DEFAULT_URL, show_default=True, help="Address of the server.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_input = click.option("--input", "source", metavar="FILE", help="Inputs: a .json or .npy file, or - for JSON on stdin.")
+_priority = click.option(
+    "--priority",
+    type=click.Choice([priority.name.lower() for priority in Priority]),
+    help="Class of the request; the model's default without it.",
+)
+
+
+def _run(main: Coroutine[Any, Any, Any]) -> Any:
+    """`asyncio.run`, on uvloop where there is one: it does not exist for Windows."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+# ------------------------------------------------------------------------------------------------- serve
+
+
+def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for each setting. Their values stay text: `config` reads them, as it reads variables."""
+    fields = (*msgspec.structs.fields(ServerSettings), *msgspec.structs.fields(ModelSettings))
+    for field in reversed(fields):
+        flag = "--" + field.name.replace("_", "-")
+        shown = getattr(field.default, "value", field.default)
+        text = _HELP[field.name] + (f" [default: {shown}]" if shown not in (None, (), False) else "")
+        if field.type is bool:
+            option = click.option(flag, field.name, is_flag=True, default=None, help=text)
+        else:
+            option = click.option(flag, field.name, metavar="VALUE", help=text)
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="[NAME=]PATH...")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="TOML file; KAPSL_CONFIG names one too.")
+@_settings_options
+def serve(models: tuple[str, ...], file: Path | None, **flags: Any) -> None:
+    """Serve models: .aimod packages, .onnx files or unpacked packages.
+
+    Settings come from flags, then KAPSL_... variables, then the file, then the defaults.
+    """
+    from kapsl_scheduler import app
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = load_config(flags=flags, environment=os.environ, file=file)
+    _run(app.serve(config, models, announce=_announce))
+
+
+def _announce(listening: Listening) -> None:
+    click.echo(f"listening on {listening.url} with {', '.join(listening.models)}")
+
+
+# ------------------------------------------------------------------------------------------ infer, models
+
+
+@main.command()
+@click.argument("model")
+@_input
+@_priority
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that the answer may take.")
+@_url
+@_json
+def infer(model: str, source: str | None, priority: str | None, timeout: float | None, url: str, as_json: bool) -> None:
+    """Send one request to MODEL and print its answer.
+
+    JSON inputs are nested lists, {"name": lists} for several inputs, or a whole request of the protocol.
+    """
+    if source is None:
+        raise click.UsageError("--input FILE is missing; - reads JSON from stdin")
+    reply: InferReply = _run(_infer(model, _read_input(source), _class(priority), timeout, url))
+    if as_json:
+        click.echo(msgspec.json.encode({name: array.tolist() for name, array in reply.outputs.items()}))
+        return
+    for name, array in reply.outputs.items():
+        shape = "x".join(map(str, array.shape))
+        click.echo(f"{name} {array.dtype} {shape}\n{np.array2string(array, precision=6, suppress_small=True)}")
+
+
+async def _infer(model: str, given: Any, priority: Priority | None, timeout: float | None, url: str) -> InferReply:
+    from kapsl_scheduler.client import Client, fit_inputs
+
+    async with Client(url) as client:
+        inputs = fit_inputs(given, await client.metadata(model))
+        return await client.infer(model, inputs, priority=priority, timeout=timeout)
+
+
+@main.command()
+@_url
+@_json
+def models(url: str, as_json: bool) -> None:
+    """List the models of a server with their inputs, outputs and what they have done."""
+    entries = _run(_describe_models(url))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(entries)))
+        return
+    for entry in entries:
+        click.echo(f"{entry['name']}  version {entry['version']}  {entry['state'].lower()}")
+        for kind in ("inputs", "outputs"):
+            for tensor in entry[kind]:
+                shape = ", ".join("?" if size < 0 else str(size) for size in tensor["shape"])
+                click.echo(f"  {kind[:-1]:<6} {tensor['name']}  {tensor['datatype']} [{shape}]")
+        done = entry["stats"]
+        click.echo(f"  {done['inference_count']} rows in {done['execution_count']} calls, {done['queued']} queued")
+
+
+async def _describe_models(url: str) -> list[dict[str, Any]]:
+    from kapsl_scheduler.client import Client
+
+    async with Client(url) as client:
+        entries = await client.models()
+        for entry in entries:
+            metadata = await client.metadata(entry["name"])
+            stats = await client.stats(entry["name"])
+            entry |= {"inputs": metadata["inputs"], "outputs": metadata["outputs"]}
+            entry["stats"] = {key: stats[key] for key in ("inference_count", "execution_count", "answers")}
+            entry["stats"]["queued"] = stats["scheduler"]["queued"]
+        return entries
+
+
+# ------------------------------------------------------------------------------------------------- bench
+
+
+@main.command()
+@click.argument("model")
+@_input
+@_priority
+@click.option("--connections", type=click.IntRange(min=1), default=32, show_default=True, help="Callers at a time.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
+@click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True, help="Rows of a request.")
+@_url
+@_json
+def bench(
+    model: str,
+    source: str | None,
+    priority: str | None,
+    connections: int,
+    seconds: float,
+    rows: int,
+    url: str,
+    as_json: bool,
+) -> None:
+    """Load MODEL over HTTP: each caller sends its next request when it has its answer.
+
+    Without --input the inputs are random numbers of the model's shapes. Exits with 1 if a request failed.
+    """
+    given = None if source is None else _read_input(source)
+    tally: LoadTally = _run(_bench(model, given, _class(priority), connections, seconds, rows, url))
+    summary = tally.summary(seconds)
+    if as_json:
+        click.echo(msgspec.json.encode(summary))
+    else:
+        click.echo(f"{summary['requests_per_second']:.0f} requests/s, {connections} callers, {seconds:g} s")
+        click.echo(f"p50 {_ms(summary['p50'])}  p99 {_ms(summary['p99'])}")
+        failed = ", ".join(f"{count} {code}" for code, count in summary["errors"].items())
+        click.echo(f"failed: {failed or 'none'}")
+    if tally.errors:
+        sys.exit(1)
+
+
+async def _bench(
+    model: str,
+    given: Any,
+    priority: Priority | None,
+    connections: int,
+    seconds: float,
+    rows: int,
+    url: str,
+) -> LoadTally:
+    from kapsl_scheduler.client import Client, closed_loop, fit_inputs, random_inputs
+
+    async with Client(url) as client:
+        metadata = await client.metadata(model)
+        inputs = random_inputs(metadata, rows) if given is None else fit_inputs(given, metadata)
+        call = client.prepare(model, inputs, priority=priority)
+        return await closed_loop(call, callers=connections, seconds=seconds)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f} ms"
+
+
+# ------------------------------------------------------------------------------------------ pack, demo
+
+
+@main.command()
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The package.")
+@click.option("--name", "project_name", help="Name of the model; the file's without it.")
+@click.option("--model-version", "version", help="Version of the model. [default: 1.0.0]")
+@click.option(
+    "--manifest",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON file with further keys of the manifest, such as cron_jobs.",
+)
+@click.option(
+    "--extra",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file to put beside the model, such as its weights. May be repeated.",
+)
+def pack(model: Path, output: Path, manifest: Path | None, extra: tuple[Path, ...], **fields: str | None) -> None:
+    """Write MODEL (an .onnx file) as an .aimod package."""
+    from kapsl_scheduler.packages import build_package
+
+    keys = _read_json(manifest.read_bytes(), str(manifest)) if manifest else {}
+    if not isinstance(keys, dict):
+        raise click.ClickException(f"{manifest}: expected a JSON object with keys of the manifest")
+    keys |= {key: value for key, value in fields.items() if value is not None}
+    click.echo(build_package(model, output, extra_files=extra, **keys))
+
+
+@main.command()
+@click.option("--seconds", type=click.FloatRange(min=1), default=20.0, show_default=True, help="How long to send.")
+@click.option("--serve", "only_serve", is_flag=True, help="Serve the digits model until interrupted.")
+def demo(seconds: float, only_serve: bool) -> None:
+    """Serve the digits model and send it real images, live and in bulk, at the same time."""
+    from kapsl_scheduler.demo.run import PACKAGE, run
+
+    if only_serve:
+        click.get_current_context().invoke(serve, models=(str(PACKAGE),), file=None)
+    elif not _run(run(seconds)):
+        sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def _class(name: str | None) -> Priority | None:
+    return None if name is None else Priority[name.upper()]
+
+
+def _read_input(source: str) -> Any:
+    if source.endswith(".npy"):
+        try:
+            return np.load(source, allow_pickle=False)
+        except ValueError as error:
+            raise click.ClickException(f"{source}: is not an array: {error}") from error
+    if source == "-":
+        return _read_json(sys.stdin.buffer.read(), "stdin")
+    return _read_json(Path(source).read_bytes(), source)
+
+
+def _read_json(data: bytes, where: str) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        raise click.ClickException(f"{where}: is not JSON: {error}") from error

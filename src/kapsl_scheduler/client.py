@@ -1,0 +1,315 @@
+"""A small asynchronous client of the server's JSON protocol, for the command line, tests and load generation.
+
+One HTTP/1.1 connection per call in flight, kept alive between calls. It speaks HTTP through httptools because
+a load generator that shares a machine with the server must cost less than the server does. What is not here:
+retries (a call whose connection is lost may have run) and streaming.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, NamedTuple, cast
+from urllib.parse import quote, urlsplit
+
+import httptools
+import msgspec
+import numpy as np
+
+from kapsl_scheduler import errors
+from kapsl_scheduler.server.oip import InferReply, decode_reply, encode_request, numpy_dtype_of
+from kapsl_scheduler.types import Array, Priority, Tensors
+
+__all__ = ["Client", "LoadTally", "closed_loop", "fit_inputs", "random_inputs"]
+
+_ERRORS: Final[Mapping[str, type[errors.EngineError]]] = {
+    error.code: error
+    for error in (
+        errors.Backend,
+        errors.Cancelled,
+        errors.DeadlineExceeded,
+        errors.InferenceError,
+        errors.InvalidInput,
+        errors.ModelLoadError,
+        errors.ModelNotLoaded,
+        errors.Overloaded,
+        errors.ResourceExhausted,
+        errors.Unavailable,
+    )
+}
+
+
+class _ErrorBody(msgspec.Struct):
+    error: str = ""
+    code: str = ""
+    retry_after: float | None = None
+
+
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+
+
+class Client:
+    """Calls a server at `url` (`http://` or `https://`).
+
+    Every method raises the error that the server named, with its type, and `Unavailable` where there is no
+    server or where it went away. Cancelling a call closes its connection, which cancels it on the server.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise errors.InvalidInput(f"{url!r} is no server address, expected one like http://127.0.0.1:8080")
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._host = parts.hostname
+        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._authority = parts.netloc.rpartition("@")[2].encode()
+        self._idle: list[_Connection] = []
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the idle connections. The client may be used again."""
+        while self._idle:
+            self._idle.pop().close()
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Tensors,
+        *,
+        priority: Priority | None = None,
+        timeout: float | None = None,
+        outputs: Sequence[str] | None = None,
+        id: str = "",
+    ) -> InferReply:
+        """One inference. `inputs` carry their batch axis; `timeout` is in seconds, kept by the server."""
+        body = encode_request(inputs, id=id, priority=priority, timeout=timeout, outputs=outputs)
+        return decode_reply(await self.post(_model_path(model, "/infer"), body))
+
+    def prepare(
+        self, model: str, inputs: Tensors, *, priority: Priority | None = None
+    ) -> Callable[[], Awaitable[bytes]]:
+        """The same inference, encoded once and sent at every call; the answer is not decoded. For load."""
+        path, body = _model_path(model, "/infer"), encode_request(inputs, priority=priority)
+        return lambda: self.post(path, body)
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The loaded models: name, version, state."""
+        answer: list[dict[str, Any]] = msgspec.json.decode(await self.post("/v2/repository/index", b"{}"))
+        return answer
+
+    async def metadata(self, model: str) -> dict[str, Any]:
+        """Name, versions, platform, inputs and outputs of one model."""
+        return await self.get(_model_path(model))
+
+    async def stats(self, model: str) -> dict[str, Any]:
+        """The statistics of one model."""
+        answer = await self.get(_model_path(model, "/stats"))
+        statistics: dict[str, Any] = answer["model_stats"][0]
+        return statistics
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """The JSON object at a path."""
+        answer: dict[str, Any] = msgspec.json.decode(await self._call(b"GET", path, b""))
+        return answer
+
+    async def post(self, path: str, body: bytes) -> bytes:
+        """The body that answers a body."""
+        return await self._call(b"POST", path, body)
+
+    async def _call(self, method: bytes, path: str, body: bytes) -> bytes:
+        head = b"%b %b HTTP/1.1\r\nhost: %b\r\ncontent-length: %d\r\n\r\n"
+        request = head % (method, path.encode(), self._authority, len(body)) + body
+        connection = await self._connect()
+        try:
+            answer = await connection.exchange(request)
+        except BaseException:
+            connection.close()
+            raise
+        if connection.reusable:
+            self._idle.append(connection)
+        if answer.status >= 400:
+            raise _error(answer)
+        return answer.body
+
+    async def _connect(self) -> _Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable:
+                return connection
+        loop = asyncio.get_running_loop()
+        try:
+            _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
+        except OSError as error:
+            raise errors.Unavailable(f"no server answers at {self.url}: {error}") from error
+        return connection
+
+
+def _model_path(model: str, rest: str = "") -> str:
+    return f"/v2/models/{quote(model, safe='')}{rest}"
+
+
+def _error(answer: _Answer) -> errors.EngineError:
+    try:
+        said = msgspec.json.decode(answer.body, type=_ErrorBody)
+    except msgspec.DecodeError:
+        said = _ErrorBody()
+    message = said.error or f"the server answered with status {answer.status}"
+    return _ERRORS.get(said.code, errors.EngineError)(message, retry_after=said.retry_after)
+
+
+class _Connection(asyncio.Protocol):
+    """One connection: one request, then its answer, then perhaps the next. The httptools parser calls the
+    `on_` methods."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport
+        self._parser = httptools.HttpResponseParser(self)
+        self._waiter: asyncio.Future[_Answer] | None = None
+        self._body: list[bytes] = []
+        self.reusable = False
+
+    async def exchange(self, request: bytes) -> _Answer:
+        """Sends a request and waits for its answer. Raises `Unavailable` if the connection is lost first."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._body = []
+        self._transport.write(request)
+        return await self._waiter
+
+    def close(self) -> None:
+        self.reusable = False
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self.reusable = True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.reusable = False
+        self._fail(f"the server closed the connection: {error or 'no answer came'}")
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(f"the server's answer is not HTTP: {error}")
+            self.close()
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        self.reusable = self._parser.should_keep_alive()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(_Answer(self._parser.get_status_code(), b"".join(self._body)))
+
+    def _fail(self, message: str) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(errors.Unavailable(message))
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def fit_inputs(given: Any, metadata: Mapping[str, Any]) -> dict[str, Array]:
+    """What a person wrote as the inputs that a model's metadata describes: `{name: value}`, or one value for a
+    model with one input, as arrays or nested lists. A value that lacks just a leading batch axis is one row.
+
+    Raises `InvalidInput` for names and values that do not fit.
+    """
+    specs = {spec["name"]: spec for spec in metadata["inputs"]}
+    if not isinstance(given, Mapping):
+        if len(specs) != 1:
+            raise errors.InvalidInput(f"one unnamed input came, expected {', '.join(specs)} by name")
+        given = {next(iter(specs)): given}
+    inputs = {}
+    for name, value in given.items():
+        if name not in specs:
+            raise errors.InvalidInput(f"input {name!r} came, expected one of {', '.join(specs)}")
+        datatype, shape = specs[name]["datatype"], specs[name]["shape"]
+        try:
+            array = np.asarray(value, numpy_dtype_of(datatype))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise errors.InvalidInput(f"input {name!r}: not convertible to {datatype}: {error}") from error
+        lacks_batch_axis = shape[:1] == [-1] and array.ndim == len(shape) - 1
+        inputs[name] = array[np.newaxis] if lacks_batch_axis else array
+    return inputs
+
+
+def random_inputs(metadata: Mapping[str, Any], rows: int) -> dict[str, Array]:
+    """Inputs of the shapes that a model's metadata describes, every open dimension with `rows`."""
+    rng = np.random.default_rng(0)
+    inputs = {}
+    for spec in metadata["inputs"]:
+        shape = [rows if size < 0 else size for size in spec["shape"]]
+        dtype = numpy_dtype_of(spec["datatype"])
+        if dtype.kind == "O":
+            inputs[spec["name"]] = np.full(shape, "text", object)
+        elif dtype.kind == "f":
+            inputs[spec["name"]] = rng.random(shape).astype(dtype)
+        else:
+            inputs[spec["name"]] = rng.integers(0, 2, shape).astype(dtype)
+    return inputs
+
+
+# -------------------------------------------------------------------------------------------------- load
+
+
+class LoadTally:
+    """What callers saw: seconds by successful call, and errors by their code."""
+
+    def __init__(self) -> None:
+        self.latencies: list[float] = []
+        self.errors: Counter[str] = Counter()
+
+    def percentile(self, percent: float) -> float | None:
+        """Seconds; None without a successful call."""
+        return float(np.percentile(self.latencies, percent)) if self.latencies else None
+
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """Requests per second over `seconds`, p50 and p99 in seconds, errors by code."""
+        return {
+            "requests": len(self.latencies),
+            "requests_per_second": len(self.latencies) / seconds,
+            "p50": self.percentile(50),
+            "p99": self.percentile(99),
+            "errors": dict(self.errors),
+        }
+
+    async def measure(self, call: Callable[[], Awaitable[Any]], started: float | None = None) -> None:
+        """One call, counted from `started` (`time.perf_counter()`, now if None)."""
+        started = time.perf_counter() if started is None else started
+        try:
+            await call()
+        except errors.EngineError as error:
+            self.errors[error.code] += 1
+        else:
+            self.latencies.append(time.perf_counter() - started)
+
+
+async def closed_loop(call: Callable[[], Awaitable[Any]], *, callers: int, seconds: float) -> LoadTally:
+    """`callers` that each call again as soon as they have their answer, for `seconds`."""
+    tally = LoadTally()
+    end = time.perf_counter() + seconds
+
+    async def caller() -> None:
+        while time.perf_counter() < end:
+            await tally.measure(call)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(callers):
+            group.create_task(caller())
+    return tally

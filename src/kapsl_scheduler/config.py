@@ -1,0 +1,277 @@
+"""The only reader of configuration: flag > environment > file > default, with every fault reported at once.
+
+What is not here: what the settings are used for (`app`) and the options' help texts (`cli`).
+
+A file is TOML: `[server]`, `[model]` for every model, `[models.NAME]` for one. The environment has the same keys
+as `KAPSL_<KEY>`; a flag or a variable that sets a key of `[model]` sets it for every model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
+
+import msgspec
+
+from kapsl_scheduler.core.batch import BatchPolicy
+from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
+from kapsl_scheduler.types import Priority
+
+__all__ = ["Config", "ConfigError", "ModelSettings", "ServerSettings", "load_config"]
+
+_PREFIX: Final = "KAPSL_"
+_FILE_VARIABLE: Final = "KAPSL_CONFIG"
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class ConfigError(ValueError):
+    """The configuration is faulty. `faults` has every fault found, each with where it stands."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The process as a whole. `drain` (seconds) is how long work in flight may take after a signal to end;
+    port 0 lets the system choose; bodies are bounded one by one, connections by their number."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
+    allow_remote: bool = False
+    max_body_bytes: _Count = 64 << 20
+    max_connections: _Count = 1024
+    drain: _Seconds = 10.0
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One model: the fields of `BatchPolicy` and `QueuePolicy`, the class of requests that name none, and how
+    many calls run side by side (`workers`) on how many threads each (`threads`). Times are in seconds."""
+
+    max_batch_size: _Count = 32
+    max_queue_delay: _Seconds = 0.0
+    preferred_batch_sizes: tuple[_Count, ...] = ()
+    max_batch_time: _Seconds | None = None
+    fill_slack: _Seconds = 0.25
+    background_slice: _Seconds = 0.005
+    max_queue_size: _Count = 1024
+    max_queue_bytes: _Count | None = None
+    overflow: QueueOverflowPolicy = QueueOverflowPolicy.DROP_NEWEST
+    block_timeout: _Seconds | None = None
+    max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 1024
+    shares: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.05
+    default_priority: Literal["latency_critical", "throughput", "background"] = "latency_critical"
+    workers: _Count = 1
+    threads: _Count = 1
+
+    def batch_policy(self) -> BatchPolicy:
+        """Raises `ValueError` where the fields contradict each other."""
+        return BatchPolicy(
+            max_batch_size=self.max_batch_size,
+            max_queue_delay=self.max_queue_delay,
+            preferred_batch_sizes=self.preferred_batch_sizes,
+            max_batch_time=self.max_batch_time,
+            fill_slack=self.fill_slack,
+            background_slice=self.background_slice,
+        )
+
+    def queue_policy(self) -> QueuePolicy:
+        """Raises `ValueError` where the fields contradict each other."""
+        return QueuePolicy(
+            max_size=self.max_queue_size,
+            max_bytes=self.max_queue_bytes,
+            overflow=self.overflow,
+            block_timeout=self.block_timeout,
+            max_waiting=self.max_waiting,
+            shares=self.shares,
+        )
+
+    def priority(self) -> Priority:
+        """The class of requests that name none."""
+        return Priority[self.default_priority.upper()]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that was configured. `models` has the models that the file names; `model` is for the others."""
+
+    server: ServerSettings = ServerSettings()
+    model: ModelSettings = ModelSettings()
+    models: Mapping[str, ModelSettings] = {}
+
+    def for_model(self, name: str) -> ModelSettings:
+        return self.models.get(name, self.model)
+
+
+class _Given(NamedTuple):
+    """One value with where it was given; text is parsed, anything else must have its type already."""
+
+    value: Any
+    where: str
+
+
+_Layer = dict[str, _Given]
+Settings = TypeVar("Settings", ServerSettings, ModelSettings)
+
+
+def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> Config:
+    """The configuration from all sources.
+
+    `flags` maps keys to values, None for flags that were not given. `file` is the TOML file (else the one that
+    `KAPSL_CONFIG` names, else none). Raises `ConfigError` with every fault.
+    """
+    faults: list[str] = []
+    given = {key: _Given(value, "--" + key.replace("_", "-")) for key, value in flags.items() if value is not None}
+    overriding = _from_environment(environment, faults) | given
+    named = environment.get(_FILE_VARIABLE)
+    tables = _read_toml(file or (Path(named) if named else None), faults)
+    server = _settings(ServerSettings, tables.server | _only(overriding, ServerSettings), faults)
+    of_all = _only(overriding, ModelSettings)
+    model = _settings(ModelSettings, tables.model | of_all, faults)
+    models = {
+        name: _settings(ModelSettings, tables.model | table | of_all, faults) for name, table in tables.models.items()
+    }
+    if server is not None and not server.allow_remote and not _is_loopback(server.host):
+        faults.append(
+            f"host: {server.host!r} can be reached from other machines, and this version has no authentication "
+            "(tokens come with a later one): add --allow-remote if everybody who reaches it may use it"
+        )
+    if faults:
+        raise ConfigError(dict.fromkeys(faults))
+    return Config(
+        server=server or ServerSettings(),
+        model=model or ModelSettings(),
+        models={name: settings for name, settings in models.items() if settings is not None},
+    )
+
+
+def unknown_key(where: str, key: str, valid: Iterable[str]) -> str:
+    """The fault of a key that does not exist, naming the one that was probably meant."""
+    nearest = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.0)
+    hint = f"; the nearest valid key is {nearest[0]!r}" if nearest else ""
+    return f"{where}: there is no key {key!r}{hint}"
+
+
+# ----------------------------------------------------------------------------------------------- sources
+
+
+class _Tables(NamedTuple):
+    server: _Layer
+    model: _Layer
+    models: dict[str, _Layer]
+
+
+def _keys(settings: type[msgspec.Struct]) -> tuple[str, ...]:
+    return settings.__struct_fields__
+
+
+def _only(layer: _Layer, settings: type[msgspec.Struct]) -> _Layer:
+    return {key: given for key, given in layer.items() if key in _keys(settings)}
+
+
+def _from_environment(environment: Mapping[str, str], faults: list[str]) -> _Layer:
+    valid = {_PREFIX + key.upper(): key for key in (*_keys(ServerSettings), *_keys(ModelSettings))}
+    layer = {}
+    for variable, value in environment.items():
+        if not variable.startswith(_PREFIX) or variable == _FILE_VARIABLE:
+            continue
+        if variable in valid:
+            layer[valid[variable]] = _Given(value, variable)
+        else:
+            faults.append(unknown_key("environment", variable, valid))
+    return layer
+
+
+def _read_toml(file: Path | None, faults: list[str]) -> _Tables:
+    tables = _Tables({}, {}, {})
+    if file is None:
+        return tables
+    try:
+        content = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        faults.append(f"{file}: cannot be read: {error.strerror}")
+        return tables
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        faults.append(f"{file}: is not TOML: {error}")
+        return tables
+    for section, table in content.items():
+        where = f"{file}: {section}"
+        if section not in _Tables._fields:
+            faults.append(unknown_key(str(file), section, _Tables._fields))
+        elif section == "models":
+            for name, inner in _table(where, table, faults).items():
+                tables.models[name] = _from_table(f"{where}.{name}", inner, ModelSettings, faults)
+        elif section == "server":
+            tables.server.update(_from_table(where, table, ServerSettings, faults))
+        else:
+            tables.model.update(_from_table(where, table, ModelSettings, faults))
+    return tables
+
+
+def _from_table(where: str, table: Any, settings: type[msgspec.Struct], faults: list[str]) -> _Layer:
+    layer = {}
+    for key, value in _table(where, table, faults).items():
+        if key in _keys(settings):
+            layer[key] = _Given(value, f"{where}.{key}")
+        else:
+            faults.append(unknown_key(where, key, _keys(settings)))
+    return layer
+
+
+def _table(where: str, table: Any, faults: list[str]) -> dict[str, Any]:
+    if isinstance(table, dict):
+        return table
+    faults.append(f"{where}: expected a table, got {table!r}")
+    return {}
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+def _settings(kind: type[Settings], layer: _Layer, faults: list[str]) -> Settings | None:
+    """The settings of the layer over the defaults; None, with the faults added, if a value is wrong."""
+    values = {}
+    before = len(faults)
+    for field in msgspec.structs.fields(kind):
+        given = layer.get(field.name)
+        if given is None:
+            continue
+        try:
+            values[field.name] = _convert(given.value, field.type)
+        except msgspec.ValidationError as error:
+            expected = str(error).partition(", got")[0]
+            faults.append(f"{given.where}: {expected}, got {given.value!r}")
+    if len(faults) > before:
+        return None
+    settings = kind(**values)
+    if isinstance(settings, ModelSettings):
+        try:
+            settings.batch_policy()
+            settings.queue_policy()
+        except ValueError as error:
+            places = ", ".join(sorted(given.where for given in layer.values()))
+            faults.append(f"{places}: {error}")
+            return None
+    return settings
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    if not isinstance(value, str):
+        return msgspec.convert(value, kind)
+    if kind is bool or kind is str:
+        return msgspec.convert(value.strip().lower() if kind is bool else value, kind, strict=False)
+    listed = [part.strip() for part in value.split(",") if part.strip()]
+    takes_list = getattr(kind, "__origin__", None) is tuple
+    return msgspec.convert(listed if takes_list else value.strip(), kind, strict=False)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,141 @@
+"""Named models: load, unload, replace without a gap, ready, list.
+
+The registry knows schedulers by their port only; how one is made from a source is the factory's business. What
+is not here: files, engines, protocols.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from kapsl_scheduler.errors import ModelLoadError, ModelNotLoaded
+from kapsl_scheduler.ports import ReplicaScheduler
+from kapsl_scheduler.types import ModelInfo
+
+__all__ = ["ModelRegistry", "ModelScheduler", "ServedModel"]
+
+Source = TypeVar("Source")
+
+
+class _Health(Protocol):
+    @property
+    def ready(self) -> bool: ...
+
+
+class ModelScheduler(ReplicaScheduler, Protocol):
+    """What the registry and the servers need of a scheduler beside its calls."""
+
+    def health(self) -> _Health: ...
+    def statistics(self) -> Any: ...
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """One loaded model under its name. `info` is what the scheduler said when it was loaded."""
+
+    name: str
+    info: ModelInfo
+    scheduler: ModelScheduler
+
+    @property
+    def ready(self) -> bool:
+        return self.scheduler.health().ready
+
+
+class ModelRegistry(Generic[Source]):
+    """Many models by name, each behind its own scheduler.
+
+    `factory` makes a started scheduler, loaded and warm, of a source, or raises `ModelLoadError`.
+    Leaving the `async with` closes every model.
+    """
+
+    def __init__(self, factory: Callable[[Source], Awaitable[ModelScheduler]]) -> None:
+        self._factory = factory
+        self._models: dict[str, ServedModel] = {}
+        self._changes: dict[str, asyncio.Lock] = {}
+
+    async def __aenter__(self) -> ModelRegistry[Source]:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def load(self, name: str, source: Source) -> ServedModel:
+        """Loads a model under a name that is free. Raises `ModelLoadError`."""
+        async with self._changing(name):
+            if name in self._models:
+                raise ModelLoadError(f"a model named {name!r} is loaded already: replace it, or unload it first")
+            return await self._put(name, source)
+
+    async def replace(self, name: str, source: Source, *, drain: float = 10.0) -> ServedModel:
+        """Puts a new model in the place of a loaded one, without a gap.
+
+        The old one serves until the new one is loaded and warm; what began on the old one ends there, within
+        `drain` seconds. If the new one does not load, nothing changes and its `ModelLoadError` is raised.
+        """
+        async with self._changing(name):
+            old = self.get(name)
+            new = await self._put(name, source)
+            await old.scheduler.close(drain)
+            return new
+
+    async def unload(self, name: str, *, drain: float = 10.0) -> None:
+        """Takes a model out of service at once and closes it, giving its work `drain` seconds to end."""
+        async with self._changing(name):
+            model = self.get(name)
+            del self._models[name]
+            await model.scheduler.close(drain)
+
+    def get(self, name: str, version: str = "") -> ServedModel:
+        """The model of that name; an empty version means the loaded one.
+
+        Call its scheduler before anything else is awaited: a call that began is waited for when the model is
+        replaced, a model merely held is not. Raises `ModelNotLoaded`, which names what is loaded.
+        """
+        model = self._models.get(name)
+        if model is None:
+            loaded = ", ".join(map(repr, sorted(self._models))) or "nothing"
+            raise ModelNotLoaded(f"model {name!r} is not loaded; loaded: {loaded}")
+        if version and version != model.info.version:
+            raise ModelNotLoaded(
+                f"version {version!r} of model {name!r} is not loaded; loaded: version {model.info.version!r}"
+            )
+        return model
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
+    def list(self) -> list[ServedModel]:
+        """The loaded models by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    def ready(self) -> bool:
+        """Whether every loaded model can answer."""
+        return all(model.ready for model in self._models.values())
+
+    async def close(self, drain: float = 10.0) -> None:
+        """Closes all models side by side, giving their work `drain` seconds. They stay listed until then, so
+        that late requests hear from their scheduler that it is closing."""
+        models = self.list()
+        outcomes = await asyncio.gather(*(model.scheduler.close(drain) for model in models), return_exceptions=True)
+        for model in models:
+            self._models.pop(model.name, None)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _put(self, name: str, source: Source) -> ServedModel:
+        scheduler = await self._factory(source)
+        model = ServedModel(name, scheduler.model_info(), scheduler)
+        self._models[name] = model
+        return model
+
+    def _changing(self, name: str) -> asyncio.Lock:
+        """Changes to one name wait for each other; a load of one model does not hold up another's."""
+        return self._changes.setdefault(name, asyncio.Lock())

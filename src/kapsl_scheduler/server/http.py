@@ -1,0 +1,264 @@
+"""The Open Inference Protocol v2 over HTTP: routes, the table from error to status, bounds on bodies.
+
+`HttpApi` is an ASGI application. What is not here: the form of a tensor (`server.oip`), and sockets, signals and
+the order of shutting down (`app`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from kapsl_scheduler import errors
+from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
+from kapsl_scheduler.server.oip import InferCall, check_outputs, decode_request, encode_reply, model_metadata
+from kapsl_scheduler.types import InferenceResponse
+
+__all__ = ["HttpApi", "status_of"]
+
+_log = logging.getLogger(__name__)
+
+# The one table from error to status. A class that is not here has the status of its nearest base.
+_STATUS: Final[Mapping[type[BaseException], int]] = {
+    errors.InvalidInput: 400,
+    errors.ModelNotLoaded: 404,
+    errors.ResourceExhausted: 413,  # a fixed limit: the same request would fail again
+    errors.Overloaded: 429,
+    errors.Cancelled: 499,  # the client went away, or somebody cancelled for it
+    errors.Unavailable: 503,
+    errors.DeadlineExceeded: 504,
+    BaseException: 500,
+}
+# Seconds before it is looked whether the client is still there. A task that watches costs as much as the rest of
+# a short request, and one that is answered by then needs none; a client that goes sooner is noticed then.
+_WATCH_AFTER: Final = 0.05
+_TRY_AGAIN: Final = frozenset({429, 503})
+_JSON: Final = "application/json"
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status of an error."""
+    return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+
+
+def _error_response(error: BaseException) -> Response:
+    status = status_of(error)
+    if not isinstance(error, errors.EngineError):
+        return _error_body(500, "the server failed; its log says why", "internal")
+    body = _error_body(status, str(error) or error.code, error.code, retry_after=error.retry_after)
+    if status in _TRY_AGAIN:
+        body.headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 0)))
+    return body
+
+
+def _error_body(status: int, message: str, code: str, *, retry_after: float | None = None) -> Response:
+    body: dict[str, Any] = {"error": message, "code": code}
+    if retry_after is not None:
+        body["retry_after"] = retry_after
+    return _json(body, status)
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type=_JSON)
+
+
+class HttpApi:
+    """The server's routes over a registry of models.
+
+    Bodies beyond `max_body_bytes` are refused with 413. While `draining` is true the server says that it is not
+    ready; that changes nothing for requests that come all the same.
+    """
+
+    def __init__(self, registry: ModelRegistry[Any], *, version: str, max_body_bytes: int = 64 << 20) -> None:
+        self.draining = False
+        self._registry = registry
+        self._version = version
+        self._max_body_bytes = max_body_bytes
+        self._answers: dict[str, Counter[int]] = {}
+        self._routes = self._build_routes()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._routes(scope, receive, send)
+
+    def _build_routes(self) -> Starlette:
+        model = "/v2/models/{model}"
+        version = model + "/versions/{version}"
+        infer = _Endpoint(self)
+        routes = [
+            Route(model + "/infer", infer, methods=["POST"]),
+            Route(version + "/infer", infer, methods=["POST"]),
+            Route("/v2/health/live", self._live),
+            Route("/v2/health/ready", self._ready),
+            Route("/v2", self._server),
+            Route("/v2/repository/index", self._index, methods=["POST"]),
+        ]
+        for prefix in (model, version):
+            routes += [
+                Route(prefix, self._model),
+                Route(prefix + "/ready", self._model_ready),
+                Route(prefix + "/stats", self._model_stats),
+            ]
+        app = Starlette(
+            routes=routes,
+            exception_handlers={
+                HTTPException: self._no_such_route,
+                errors.EngineError: self._failed,
+                Exception: self._failed,
+            },
+        )
+        app.router.redirect_slashes = False
+        return app
+
+    # ------------------------------------------------------------------------------------------ inference
+
+    async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one inference request."""
+        name = scope["path_params"]["model"]
+        try:
+            body = await self._read_body(scope, receive)
+            model = self._registry.get(name, scope["path_params"].get("version", ""))
+            call = decode_request(body)
+            if call.outputs and model.info.outputs:
+                check_outputs(call.outputs, (spec.name for spec in model.info.outputs))
+            answer = await _infer_while_connected(model, call, receive)
+            response = Response(encode_reply(model.info, name, answer.outputs, call), media_type=_JSON)
+        except errors.EngineError as error:
+            response = _error_response(error)
+            if response.status_code == 500:
+                _log.error("inference on %r failed: %s: %s", name, error.code, error)
+        except Exception as error:
+            _log.exception("inference on %r failed unexpectedly", name)
+            response = _error_response(error)
+        if name in self._registry:  # or every name that a stranger makes up would be remembered
+            self._answers.setdefault(name, Counter())[response.status_code] += 1
+        await response(scope, receive, send)
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        declared = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
+        self._check_size(declared)
+        message = await receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            body: bytes = message.get("body", b"")
+            self._check_size(len(body))
+            return body
+        collected = bytearray()
+        while message["type"] == "http.request":
+            collected += message.get("body", b"")
+            self._check_size(len(collected))
+            if not message.get("more_body", False):
+                return bytes(collected)
+            message = await receive()
+        raise errors.Cancelled("the client went away before its request was complete")
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_body_bytes:
+            raise errors.ResourceExhausted(
+                f"the request body has {size} bytes or more, expected at most {self._max_body_bytes}"
+            )
+
+    # ------------------------------------------------------------------------------------------- the rest
+
+    async def _live(self, request: Request) -> Response:
+        return _json({"live": True})
+
+    async def _ready(self, request: Request) -> Response:
+        ready = not self.draining and self._registry.ready()
+        return _json({"ready": ready}, 200 if ready else 503)
+
+    async def _server(self, request: Request) -> Response:
+        return _json({"name": "kapsl-scheduler", "version": self._version, "extensions": ["schedule_policy"]})
+
+    async def _index(self, request: Request) -> Response:
+        def entry(model: ServedModel) -> dict[str, str]:
+            state, reason = ("READY", "") if model.ready else ("UNAVAILABLE", "its engines are not ready")
+            return {"name": model.name, "version": model.info.version, "state": state, "reason": reason}
+
+        return _json([entry(model) for model in self._registry.list()])
+
+    async def _model(self, request: Request) -> Response:
+        model = self._requested(request)
+        return _json(model_metadata(model.name, model.info))
+
+    async def _model_ready(self, request: Request) -> Response:
+        model = self._requested(request)
+        ready = not self.draining and model.ready
+        return _json({"name": model.name, "ready": ready}, 200 if ready else 503)
+
+    async def _model_stats(self, request: Request) -> Response:
+        model = self._requested(request)
+        statistics = model.scheduler.statistics()
+        answers = self._answers.get(model.name, Counter())
+        entry = {
+            "name": model.name,
+            "version": model.info.version,
+            "inference_count": statistics.rows,
+            "execution_count": statistics.calls,
+            "answers": {str(status): count for status, count in sorted(answers.items())},
+            "scheduler": statistics,
+        }
+        return _json({"model_stats": [entry]})
+
+    def _requested(self, request: Request) -> ServedModel:
+        parameters = request.path_params
+        return self._registry.get(parameters["model"], parameters.get("version", ""))
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        return _error_response(error)
+
+    async def _no_such_route(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message, code = error.detail, "http_error"
+        if error.status_code == 404:
+            message, code = f"nothing is at {request.url.path}; the routes begin at /v2", "not_found"
+        elif error.status_code == 405:
+            message, code = f"{request.method} is not a method of {request.url.path}", "method_not_allowed"
+        response = _error_body(error.status_code, message, code)
+        response.headers.update(error.headers or {})
+        return response
+
+
+class _Endpoint:
+    """The infer route as a bare ASGI application: its body is read once and bounded while it is read."""
+
+    def __init__(self, api: HttpApi) -> None:
+        self._api = api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._api.infer(scope, receive, send)
+
+
+async def _infer_while_connected(model: ServedModel, call: InferCall, receive: Receive) -> InferenceResponse:
+    """Runs the call; a client that goes away cancels it, and `Cancelled` is raised."""
+    watchers: list[asyncio.Task[NoReturn]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            watch = asyncio.get_running_loop().call_later(
+                _WATCH_AFTER, lambda: watchers.append(group.create_task(_fail_when_gone(receive)))
+            )
+            try:
+                return await model.scheduler.infer(call.request, priority=call.priority, timeout=call.timeout)
+            finally:
+                watch.cancel()
+                for watcher in watchers:
+                    watcher.cancel()
+    except ExceptionGroup as failures:
+        error = failures.exceptions[0]
+        raise error from error.__cause__
+
+
+async def _fail_when_gone(receive: Receive) -> NoReturn:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise errors.Cancelled("the client went away before its answer was ready")

@@ -1,0 +1,363 @@
+"""The Open Inference Protocol v2 in JSON: bytes to arrays and back, for the server and for the client.
+
+`InferCall` is what any encoding of a request is decoded to; nothing behind this module sees bytes. A tensor
+is held to what it says of itself. What is not here: HTTP (`server.http`) and the fit of the inputs to a model
+(`core.admission`).
+
+JSON has no NaN and no infinity: in an answer they are `null`, in a request they are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from types import GenericAlias
+from typing import Annotated, Any, Final
+
+import msgspec
+import numpy as np
+
+from kapsl_scheduler.errors import InferenceError, InvalidInput
+from kapsl_scheduler.types import (
+    Array,
+    InferenceRequest,
+    ModelInfo,
+    Priority,
+    Tensors,
+    TensorSpec,
+    dtype_name,
+    numpy_dtype,
+)
+
+__all__ = [
+    "InferCall",
+    "InferReply",
+    "check_outputs",
+    "datatype_of",
+    "decode_reply",
+    "decode_request",
+    "encode_reply",
+    "encode_request",
+    "model_metadata",
+    "numpy_dtype_of",
+    "priority_from_oip",
+]
+
+# --------------------------------------------------------------------------------------------- datatypes
+
+_CANONICAL: Final[Mapping[str, str]] = {
+    "BOOL": "bool",
+    **{f"INT{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"UINT{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"FP{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "BYTES": "string",
+}
+_DATATYPES: Final[Mapping[str, str]] = {canonical: datatype for datatype, canonical in _CANONICAL.items()}
+
+# Deeper nesting than this is refused; a flat list may have any rank.
+_MAX_NESTING: Final = 8
+
+# The first doubles that round to infinity in the narrower format, not its largest finite value.
+_FLOAT_LIMITS: Final[Mapping[str, float]] = {"FP16": 65520.0, "FP32": 3.4028235677973366e38}
+
+
+class _Kind:
+    """How the elements of one datatype are read: `decoders[depth - 1]` reads lists nested `depth` deep.
+
+    The range is checked by the decoder itself, in C, while it parses.
+    """
+
+    __slots__ = ("decoders", "dtype", "expected")
+
+    def __init__(self, datatype: str) -> None:
+        self.dtype = numpy_dtype(_CANONICAL[datatype])
+        element, self.expected = self._element(datatype)
+        self.decoders: list[msgspec.json.Decoder[Any]] = []
+        for _ in range(_MAX_NESTING):
+            element = GenericAlias(list, (element,))
+            self.decoders.append(msgspec.json.Decoder(element))
+
+    def _element(self, datatype: str) -> tuple[Any, str]:
+        if datatype == "BYTES":
+            return str, "a string"
+        if datatype == "BOOL":
+            return bool | Annotated[int, msgspec.Meta(ge=0, le=1)], "true, false, 0 or 1"
+        if datatype in _FLOAT_LIMITS:
+            limit = msgspec.Meta(gt=-_FLOAT_LIMITS[datatype], lt=_FLOAT_LIMITS[datatype])
+            return Annotated[float, limit], f"a number within the range of {datatype}"
+        if self.dtype.kind == "f":
+            return float, "a number"
+        bounds = np.iinfo(self.dtype)
+        # msgspec takes no bound beyond 64 signed bits; numpy refuses what UINT64 lets through.
+        upper = None if datatype == "UINT64" else int(bounds.max)
+        constraint = msgspec.Meta(ge=int(bounds.min), le=upper)
+        return Annotated[int, constraint], f"an integer from {bounds.min} to {bounds.max}"
+
+
+_KINDS: Final[Mapping[str, _Kind]] = {datatype: _Kind(datatype) for datatype in _CANONICAL}
+
+
+_DATATYPE_OF_DTYPE: Final = {kind.dtype: datatype for datatype, kind in _KINDS.items()}  # `dtype.name` takes 5 µs
+
+
+def datatype_of(dtype: str) -> str:
+    """The protocol's name of a canonical dtype: `FP32` of `float32`. Any other name comes back as it is."""
+    return _DATATYPES.get(dtype, dtype)
+
+
+def numpy_dtype_of(datatype: str) -> np.dtype[Any]:
+    """The numpy dtype of `FP32` and the like (`BYTES` is `object`). Raises `KeyError` for any other name."""
+    return _KINDS[datatype].dtype
+
+
+def priority_from_oip(priority: int) -> Priority | None:
+    """OIP counts from 1, the highest; 0 means the model's default class, here None."""
+    if priority <= 0:
+        return None
+    return Priority(min(priority, 3) - 1)
+
+
+# ---------------------------------------------------------------------------------------------- requests
+
+
+class InferCall(msgspec.Struct):
+    """One decoded call, whatever encoding it came in.
+
+    `priority` None is the model's default class; `timeout` is in seconds; `outputs` None asks for all.
+    """
+
+    request: InferenceRequest
+    id: str = ""
+    priority: Priority | None = None
+    timeout: float | None = None
+    outputs: tuple[str, ...] | None = None
+
+
+_Dimension = Annotated[int, msgspec.Meta(ge=0)]
+_Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _WireInput(msgspec.Struct):
+    name: str
+    shape: Annotated[list[_Dimension], msgspec.Meta(max_length=32)]  # numpy's own limit, 64 since its 2.0
+    datatype: str
+    data: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _WireRequestedOutput(msgspec.Struct):
+    name: str
+
+
+class _WireParameters(msgspec.Struct):
+    priority: _Unsigned = 0
+    timeout: _Unsigned = 0
+
+
+class _WireRequest(msgspec.Struct):
+    inputs: list[_WireInput]
+    id: str = ""
+    parameters: _WireParameters | None = None
+    outputs: list[_WireRequestedOutput] | None = None
+
+
+class _WireTensor(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any]
+
+
+class _WireReply(msgspec.Struct, omit_defaults=True):
+    model_name: str
+    model_version: str = ""
+    id: str = ""
+    outputs: list[_WireTensor] = []
+
+
+_REQUEST: Final = msgspec.json.Decoder(_WireRequest)
+_REPLY: Final = msgspec.json.Decoder(_WireReply)
+_ENCODER: Final = msgspec.json.Encoder()
+_OPENING: Final = re.compile(rb"[\s\[]*")
+_ELEMENT_PATH: Final = re.compile(r"`\$((?:\[\d+\])+)`")
+
+
+def decode_request(body: bytes | bytearray | memoryview) -> InferCall:
+    """The call in a request body. Raises `InvalidInput` with every tensor's fault, or with what is wrong with
+    the JSON around them."""
+    try:
+        wire = _REQUEST.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"the request body is not an inference request: {error}") from None
+    inputs: dict[str, Array] = {}
+    faults = []
+    for tensor in wire.inputs:
+        try:
+            if tensor.name in inputs:
+                raise InvalidInput(f"input {tensor.name!r} came twice, expected once")
+            inputs[tensor.name] = _decode_tensor(tensor)
+        except InvalidInput as error:
+            faults.append(str(error))
+    if faults:
+        raise InvalidInput("; ".join(faults))
+    call = InferCall(InferenceRequest(inputs), wire.id)
+    if wire.parameters is not None:
+        call.priority = priority_from_oip(wire.parameters.priority)
+        call.timeout = wire.parameters.timeout / 1e6 if wire.parameters.timeout else None
+    if wire.outputs:
+        call.outputs = tuple(output.name for output in wire.outputs)
+    return call
+
+
+def _decode_tensor(tensor: _WireInput) -> Array:
+    kind = _KINDS.get(tensor.datatype)
+    where = f"input {tensor.name!r}"
+    if kind is None:
+        raise InvalidInput(f"{where}: datatype {tensor.datatype!r} came, expected one of {', '.join(_KINDS)}")
+    raw = bytes(tensor.data)
+    if not raw:
+        raise InvalidInput(f"{where}: no data came, expected a list of {math.prod(tensor.shape)} elements")
+    depth = _OPENING.match(raw).group().count(b"[")  # type: ignore[union-attr]  # it matches everything
+    if depth not in (1, len(tensor.shape)) or depth > _MAX_NESTING:
+        came = "something that is not a list" if depth == 0 else f"a list nested {depth} deep"
+        nested = f" or one nested {len(tensor.shape)} deep" if 1 < len(tensor.shape) <= _MAX_NESTING else ""
+        raise InvalidInput(f"{where}: data is {came}, expected a flat list{nested}")
+    try:
+        array = np.array(kind.decoders[depth - 1].decode(raw), kind.dtype)
+        if array.ndim != depth:  # an array of objects takes lists for elements
+            raise ValueError
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidInput(f"{where}: {_element_fault(raw, str(error), kind)}") from None
+    except OverflowError:
+        raise InvalidInput(f"{where}: a value is out of range, expected {kind.expected}") from None
+    except ValueError:
+        raise InvalidInput(f"{where}: data is a ragged list, expected shape {tensor.shape}") from None
+    shape = tuple(tensor.shape)
+    if depth > 1 and array.shape != shape:
+        raise InvalidInput(f"{where}: data has shape {list(array.shape)}, expected {tensor.shape}")
+    if array.size != math.prod(shape):
+        raise InvalidInput(
+            f"{where}: data has {array.size} elements, expected {math.prod(shape)} for shape {tensor.shape}"
+        )
+    try:
+        return array.reshape(shape)
+    except (ValueError, OverflowError):
+        raise InvalidInput(f"{where}: shape {tensor.shape} is beyond what an array can have") from None
+
+
+def _element_fault(raw: bytes, message: str, kind: _Kind) -> str:
+    """Names the element that the typed decoder refused and shows it; only errors pay for this second look."""
+    path = _ELEMENT_PATH.search(message)
+    if path is None:
+        return f"data: {message}, expected {kind.expected}"
+    came = msgspec.json.decode(raw)
+    for index in re.findall(r"\d+", path.group(1)):
+        came = came[int(index)]
+    shown = _ENCODER.encode(came).decode()
+    shown = shown if len(shown) <= 40 else shown[:40] + "…"
+    return f"data{path.group(1)} is {shown}, expected {kind.expected}"
+
+
+def encode_request(
+    inputs: Tensors,
+    *,
+    id: str = "",
+    priority: Priority | None = None,
+    timeout: float | None = None,
+    outputs: Sequence[str] | None = None,
+) -> bytes:
+    """A request body. `priority` None is the model's default class; `timeout` is in seconds."""
+    wire: dict[str, Any] = {"inputs": _encode_tensors(inputs.items())}
+    if id:
+        wire["id"] = id
+    parameters = {}
+    if priority is not None:
+        parameters["priority"] = priority + 1
+    if timeout is not None:
+        parameters["timeout"] = max(1, round(timeout * 1e6))
+    if parameters:
+        wire["parameters"] = parameters
+    if outputs is not None:
+        wire["outputs"] = [{"name": name} for name in outputs]
+    return _ENCODER.encode(wire)
+
+
+# ----------------------------------------------------------------------------------------------- replies
+
+
+class InferReply(msgspec.Struct):
+    """A decoded answer: arrays by output name, in the server's order."""
+
+    outputs: dict[str, Array]
+    model_name: str
+    model_version: str = ""
+    id: str = ""
+
+
+def check_outputs(wanted: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `InvalidInput` for the first wanted output that is not known."""
+    names = tuple(known)
+    for name in wanted:
+        if name not in names:
+            expected = ", ".join(map(repr, names))
+            raise InvalidInput(f"output {name!r} was asked for, expected one of {expected}")
+
+
+def encode_reply(model: ModelInfo, name: str, outputs: Tensors, call: InferCall) -> bytes:
+    """The answer to a call: the outputs that it asked for, in its order; all of them if it named none.
+
+    Raises `InvalidInput` for an output that the model did not return and `InferenceError` for one that JSON
+    cannot carry (bytes that are not UTF-8).
+    """
+    if call.outputs is None:
+        chosen: Iterable[tuple[str, Array]] = outputs.items()
+    else:
+        check_outputs(call.outputs, outputs)
+        chosen = [(wanted, outputs[wanted]) for wanted in call.outputs]
+    return _ENCODER.encode(_WireReply(name, model.version, call.id, _encode_tensors(chosen)))
+
+
+def decode_reply(body: bytes) -> InferReply:
+    """The answer in a response body; `null` in a floating-point output is NaN. Raises `InferenceError` for
+    a body that is no answer."""
+    try:
+        wire = _REPLY.decode(body)
+        outputs = {
+            tensor.name: np.array(tensor.data, _KINDS[tensor.datatype].dtype).reshape(tensor.shape)
+            for tensor in wire.outputs
+        }
+    except (msgspec.DecodeError, KeyError, ValueError, OverflowError) as error:
+        raise InferenceError(f"the server's answer cannot be read: {error}") from error
+    return InferReply(outputs, wire.model_name, wire.model_version, wire.id)
+
+
+def _encode_tensors(tensors: Iterable[tuple[str, Array]]) -> list[_WireTensor]:
+    return [_encode_tensor(name, array) for name, array in tensors]
+
+
+def _encode_tensor(name: str, array: Array) -> _WireTensor:
+    data = array.ravel().tolist()
+    if array.dtype.kind in "OS":
+        try:
+            data = [item.decode() if isinstance(item, bytes) else item for item in data]
+        except UnicodeDecodeError:
+            message = f"tensor {name!r} holds bytes that are not UTF-8, which JSON cannot carry"
+            raise InferenceError(message) from None
+    datatype = _DATATYPE_OF_DTYPE.get(array.dtype) or datatype_of(dtype_name(array.dtype))
+    return _WireTensor(name, list(array.shape), datatype, data)
+
+
+def model_metadata(name: str, model: ModelInfo) -> dict[str, Any]:
+    """The metadata answer; a dimension that is not fixed is -1."""
+
+    def tensor(spec: TensorSpec) -> dict[str, Any]:
+        shape = [dimension if isinstance(dimension, int) else -1 for dimension in spec.shape]
+        return {"name": spec.name, "datatype": datatype_of(spec.dtype), "shape": shape}
+
+    return {
+        "name": name,
+        "versions": [model.version],
+        "platform": model.framework,
+        "inputs": [tensor(spec) for spec in model.inputs],
+        "outputs": [tensor(spec) for spec in model.outputs],
+    }

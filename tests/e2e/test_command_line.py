@@ -1,0 +1,129 @@
+"""The command line as people run it: output, exit codes, and what its errors tell them to do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.e2e.process import DIGITS, run, serving
+
+pytestmark = pytest.mark.slow
+
+
+async def test_a_packed_model_is_served_asked_listed_and_loaded(tmp_path: Path) -> None:
+    package, pixels = tmp_path / "package.aimod", tmp_path / "pixels.npy"
+    np.save(pixels, np.zeros(64, np.float64))
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text('{"version": "6", "hardware_requirements": {"preferred_provider": "cuda"}}')
+    options = ("--name", "zeros", "--model-version", "7", "--manifest", manifest)
+    assert await run("pack", DIGITS, "-o", package, *options) == (0, f"{package}\n", "")
+
+    async with serving(package) as server:
+        url = ("--url", server.url)
+        code, printed, _ = await run("infer", "zeros", "--input", pixels, "--json", *url)
+        assert code == 0
+        assert np.array(json.loads(printed)["probabilities"]).shape == (1, 10)
+        code, printed, _ = await run("infer", "zeros", "--input", pixels, *url)
+        assert (code, printed.splitlines()[0]) == (0, "probabilities float32 1x10")
+
+        code, printed, _ = await run("bench", "zeros", "--connections", "2", "--seconds", "0.2", "--json", *url)
+        figures = json.loads(printed)
+        assert (code, figures["errors"]) == (0, {})
+        assert figures["requests"] > 0
+        assert 0 < figures["p50"] <= figures["p99"]
+
+        code, printed, _ = await run("models", "--json", *url)
+        (listed,) = json.loads(printed)
+        assert (code, listed["name"], listed["version"], listed["state"]) == (0, "zeros", "7", "READY")
+        assert listed["inputs"] == [{"name": "pixels", "datatype": "FP32", "shape": [-1, 64]}]
+        assert listed["stats"]["answers"]["200"] == figures["requests"] + 2
+        code, printed, _ = await run("models", *url)
+        assert "input  pixels  FP32 [?, 64]" in printed
+
+        code, _, said = await run("infer", "none", "--input", pixels, *url)
+        assert code == 1
+        assert "'zeros'" in said
+        assert "kapsl-scheduler models" in said
+        code, printed, _ = await run("bench", "zeros", "--seconds", "0.1", "--rows", "1000", *url)
+        assert code == 1
+        assert "invalid_input" in printed
+
+
+async def test_a_taken_port_is_one_line_that_says_what_to_do() -> None:
+    async with serving(DIGITS) as server:
+        code, _, said = await run("serve", DIGITS, "--port", server.url.rpartition(":")[2])
+
+    assert code == 1
+    assert said.startswith("Error: cannot listen on 127.0.0.1:")
+    assert "--port" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "said"),
+    [
+        (("serve", "missing.onnx"), {}, 1, "missing.onnx"),
+        (("serve", __file__), {}, 1, "test_command_line.py"),
+        (("serve", DIGITS, DIGITS, "--port", "0"), {}, 1, "NAME="),
+        (("serve", DIGITS, "--host", "0.0.0.0"), {}, 2, "--allow-remote"),
+        (("serve", DIGITS), {"KAPSL_PROT": "1"}, 2, "the nearest valid key is 'KAPSL_PORT'"),
+        (("serve", DIGITS, "--max-batch-size", "0"), {}, 2, "--max-batch-size"),
+        (("serve",), {}, 2, "PATH"),
+        (("infer", "m"), {}, 2, "--input"),
+        (("infer", "m", "--input", "missing.json"), {}, 1, "missing.json"),
+        (("infer", "m", "--input", __file__), {}, 1, "is not JSON"),
+        (("models", "--url", "http://127.0.0.1:1"), {}, 1, "kapsl-scheduler serve"),
+        (("models", "--url", "ftp://x"), {}, 1, "no server address"),
+    ],
+)
+async def test_errors_say_what_to_do(
+    arguments: tuple[str, ...], environment: dict[str, str], code: int, said: str
+) -> None:
+    exit_code, printed, message = await run(*arguments, **environment)
+
+    assert (exit_code, printed) == (code, "")
+    assert said in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [("click", "models"), ("httptools", "models"), ("uvicorn", f"serve {DIGITS}"), ("onnxruntime", f"serve {DIGITS}")],
+)
+async def test_a_missing_extra_is_one_line_that_names_it(missing: str, command: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = {command!r}.split(); " + (
+        "from kapsl_scheduler.cli import main; main()"
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    printed, said = await process.communicate()
+
+    assert (process.returncode, printed) == (1, b"")
+    assert len(said.splitlines()) == 1
+    assert b"pip install 'kapsl-scheduler[" in said
+    assert missing.encode() in said
+
+
+async def test_a_configured_model_that_is_not_served_is_a_fault(tmp_path: Path) -> None:
+    file = tmp_path / "kapsl.toml"
+    file.write_text("[models.digit]\nthreads = 1\n")
+
+    code, _, said = await run("serve", DIGITS, "--port", "0", "--config", file)
+
+    assert code == 2
+    assert "there is no key 'digit'; the nearest valid key is 'digits'" in said
+
+
+async def test_the_demo_ends_by_itself_with_right_answers() -> None:
+    code, printed, said = await run("demo", "--seconds", "1")
+
+    assert (code, said) == (0, "")
+    assert "live" in printed
+    assert "throughput" in printed
+    assert "rows on average" in printed
+    assert printed.rstrip().endswith("Every request was answered, and the answers are right.")

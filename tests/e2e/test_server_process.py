@@ -1,0 +1,188 @@
+"""The real process over real sockets: what clients see, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+
+from kapsl_scheduler.client import Client
+from kapsl_scheduler.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    ModelNotLoaded,
+    Overloaded,
+    ResourceExhausted,
+    Unavailable,
+)
+from kapsl_scheduler.types import Priority
+from tests.e2e.process import DIGITS, build_working_model, serving, until, work
+
+pytestmark = pytest.mark.slow
+
+LONG = 400  # turns of the working model: some tenths of a second
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_working_model(tmp_path_factory.mktemp("model") / "work.onnx")
+
+
+def counted(client: Client, count: str, value: int) -> Callable[[], Awaitable[bool]]:
+    """Whether a figure of the working model's scheduler has reached a value."""
+
+    async def reached() -> bool:
+        figure: int = (await client.stats("work"))["scheduler"][count]
+        return figure >= value
+
+    return reached
+
+
+async def test_several_models_are_served_under_their_names(model: Path) -> None:
+    async with serving(model, f"other={DIGITS}") as server, Client(server.url) as client:
+        assert server.first_line.startswith("listening on http://127.0.0.1:")
+        assert server.first_line.endswith(" with other, work\n")
+
+        reply = await client.infer("work", work(3.5, turns=1), priority=Priority.THROUGHPUT, timeout=10.0, id="7")
+        digits = await client.infer("other", {"pixels": np.zeros((2, 64), np.float32)})
+
+        assert (reply.model_name, reply.id, reply.outputs["y"].tolist()) == ("work", "7", [[3.5]])
+        assert digits.outputs["probabilities"].shape == (2, 10)
+        assert [entry["name"] for entry in await client.models()] == ["other", "work"]
+        classes = (await client.stats("work"))["scheduler"]["classes"]
+        assert (classes["throughput"]["succeeded"], classes["latency_critical"]["succeeded"]) == (1, 0)
+
+
+async def test_errors_keep_their_types_and_the_connection(model: Path) -> None:
+    async with serving(model, "--max-body-bytes", "2000") as server, Client(server.url) as client:
+        with pytest.raises(InvalidInput, match="'x'"):
+            await client.infer("work", {"x": np.zeros((1, 1), np.float64), "turns": np.array(1)})
+        with pytest.raises(ModelNotLoaded, match="loaded: 'work'"):
+            await client.infer("nope", {})
+        with pytest.raises(ResourceExhausted, match="2000"):
+            await client.infer("work", {"x": np.zeros((5000, 1), np.float32), "turns": np.array(1)})
+        with pytest.raises(DeadlineExceeded):
+            await client.infer("work", work(1, turns=LONG), timeout=0.001)
+
+        assert (await client.infer("work", work(1, turns=1))).outputs["y"].tolist() == [[1]]
+
+
+async def test_a_body_that_grows_too_large_is_cut_off(model: Path) -> None:
+    async with serving(model, "--max-body-bytes", "20000") as server:
+        host, port = urlsplit(server.url).netloc.split(":")
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(b"POST /v2/models/work/infer HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        for _ in range(3):
+            writer.write(b"%x\r\n%b\r\n" % (10_000, b" " * 10_000))
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    assert head.startswith(b"HTTP/1.1 413 ")
+    assert b"content-type: application/json\r\n" in head
+
+
+async def test_an_independent_client_gets_json_and_plain_statuses(model: Path) -> None:
+    async with serving(model) as server, httpx.AsyncClient(base_url=server.url) as client:
+        body = b'{"inputs":[{"name":"x","shape":[1,1],"datatype":"FP32","data":[2]},' + (
+            b'{"name":"turns","shape":[],"datatype":"INT64","data":[1]}]}'
+        )
+        answers = [
+            await client.post("/v2/models/work/infer", content=body),
+            await client.post("/v2/models/work/infer", content=b"{"),
+            await client.get("/v2/health/ready"),
+            await client.get("/nowhere"),
+        ]
+
+    assert [answer.status_code for answer in answers] == [200, 400, 200, 404]
+    assert {answer.headers["content-type"] for answer in answers} == {"application/json"}
+    assert answers[0].json()["outputs"][0]["data"] == [2.0]
+    assert answers[2].json() == {"ready": True}
+
+
+async def test_a_full_queue_refuses_with_429(model: Path) -> None:
+    async with serving(model, "--max-queue-size", "1") as server, Client(server.url) as client:
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(client.infer("work", work(1, LONG)))
+            await until(counted(client, "calls_in_flight", 1))
+            queued = group.create_task(client.infer("work", work(2, turns=1)))
+            await until(counted(client, "queued", 1))
+
+            with pytest.raises(Overloaded) as raised:
+                await client.infer("work", work(3, turns=1))
+
+        assert raised.value.retry_after is not None
+        assert [(await task).outputs["y"].item() for task in (running, queued)] == [1, 2]
+
+
+async def test_a_client_that_goes_away_cancels_its_queued_request(model: Path) -> None:
+    async with serving(model) as server, Client(server.url) as client, asyncio.TaskGroup() as group:
+        running = group.create_task(client.infer("work", work(1, LONG)))
+        await until(counted(client, "calls_in_flight", 1))
+        leaving = asyncio.create_task(client.infer("work", work(2, turns=2)))
+        await until(counted(client, "queued", 1))
+
+        leaving.cancel()
+
+        await until(counted(client, "cancelled", 1))
+        assert (await running).outputs["y"].item() == 1
+        stats = await client.stats("work")
+        assert (stats["scheduler"]["rows"], stats["scheduler"]["queued"]) == (1, 0)
+        assert stats["answers"]["499"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_requests_in_flight_end(model: Path, number: signal.Signals) -> None:
+    async with serving(model) as server, Client(server.url) as client:
+        requests = [asyncio.create_task(client.infer("work", work(x, LONG + x))) for x in range(3)]
+        await until(counted(client, "admitted", 3))
+
+        server.send(number)
+
+        answers = await asyncio.gather(*requests)
+        assert [answer.outputs["y"].item() for answer in answers] == [0, 1, 2]
+        assert await server.end() == (0, "")
+        with pytest.raises(Unavailable):
+            await client.models()
+
+
+async def test_who_is_not_done_when_the_drain_is_over_is_told_so(model: Path) -> None:
+    async with serving(model, "--drain", "0.1") as server, Client(server.url) as client:
+        running = asyncio.create_task(client.infer("work", work(1, LONG)))
+        await until(counted(client, "calls_in_flight", 1))
+        queued = [asyncio.create_task(client.infer("work", work(2, LONG))) for _ in range(3)]
+        await until(counted(client, "queued", 3))
+
+        server.send(signal.SIGTERM)
+
+        outcomes = await asyncio.gather(running, *queued, return_exceptions=True)
+        assert any(isinstance(outcome, Unavailable) and "closed" in str(outcome) for outcome in outcomes)
+        assert (await server.end())[0] == 0
+
+
+async def test_a_second_signal_ends_the_process_at_once(model: Path) -> None:
+    async with serving(model) as server, Client(server.url) as client:
+        host, port = urlsplit(server.url).netloc.split(":")
+        running = asyncio.create_task(client.infer("work", work(1, LONG * 10)))
+        await until(counted(client, "calls_in_flight", 1))
+
+        async def refuses() -> bool:
+            try:
+                _, writer = await asyncio.open_connection(host, port)
+            except OSError:
+                return True
+            writer.close()
+            return False
+
+        server.send(signal.SIGTERM)
+        await until(refuses)
+        server.send(signal.SIGTERM)
+
+        with pytest.raises(Unavailable):
+            await running
+        assert await server.end() == (-signal.SIGTERM, "")

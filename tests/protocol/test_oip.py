@@ -1,0 +1,249 @@
+"""The JSON codec of the Open Inference Protocol: golden bodies, then round trips and hostile bodies by Hypothesis."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from kapsl_scheduler.errors import InferenceError, InvalidInput
+from kapsl_scheduler.server.oip import (
+    InferCall,
+    check_outputs,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+    model_metadata,
+    numpy_dtype_of,
+)
+from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority, TensorSpec
+
+GOLDEN = Path(__file__).parent / "golden"
+MODEL = ModelInfo("m", version="3")
+DATATYPES = ["BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "FP16", "FP32", "FP64"]
+
+
+def golden(name: str) -> list[dict[str, Any]]:
+    cases: list[dict[str, Any]] = json.loads((GOLDEN / name).read_text("utf-8"))
+    return cases
+
+
+def array_of(described: dict[str, Any]) -> np.ndarray[Any, Any]:
+    return np.array(described["data"], described["dtype"]).reshape(described["shape"])
+
+
+def same(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and left.tolist() == right.tolist()
+
+
+# ---------------------------------------------------------------------------------------------- golden
+
+
+@pytest.mark.parametrize("case", golden("requests.json"), ids=lambda case: case["name"])
+def test_a_request_is_decoded(case: dict[str, Any]) -> None:
+    call = decode_request(case["body"].encode())
+
+    assert call.id == case.get("id", "")
+    assert call.priority == (Priority[case["priority"]] if "priority" in case else None)
+    assert call.timeout == case.get("timeout")
+    assert call.outputs == (tuple(case["outputs"]) if "outputs" in case else None)
+    assert list(call.request.inputs) == list(case["inputs"])
+    for name, described in case["inputs"].items():
+        assert same(call.request.inputs[name], array_of(described))
+
+
+@pytest.mark.parametrize("case", golden("faults.json"), ids=lambda case: case["message"])
+def test_a_fault_names_the_input_what_came_and_what_was_expected(case: dict[str, Any]) -> None:
+    body = json.dumps({"inputs": [{"name": "x", **case["input"]}]})
+
+    with pytest.raises(InvalidInput) as raised:
+        decode_request(body.encode())
+
+    assert str(raised.value) == case["message"]
+
+
+@pytest.mark.parametrize("case", golden("replies.json"), ids=lambda case: case["name"])
+def test_a_reply_is_encoded(case: dict[str, Any]) -> None:
+    wanted = tuple(case["wanted"]) if "wanted" in case else None
+    call = InferCall(InferenceRequest({}), case.get("id", ""), outputs=wanted)
+    outputs = {name: array_of(described) for name, described in case["outputs"].items()}
+
+    assert encode_reply(MODEL, "m", outputs, call).decode() == case["body"]
+
+
+def test_all_faulty_inputs_are_reported_at_once() -> None:
+    tensors = [
+        {"name": "a", "shape": [1], "datatype": "INT8", "data": [999]},
+        {"name": "b", "shape": [2], "datatype": "INT8", "data": [1]},
+        {"name": "c", "shape": [1], "datatype": "INT8", "data": [1]},
+        {"name": "c", "shape": [1], "datatype": "INT8", "data": [1]},
+    ]
+
+    with pytest.raises(InvalidInput, match=r"'a'.*999.*; .*'b'.*1 elements.*; .*'c' came twice"):
+        decode_request(json.dumps({"inputs": tensors}).encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"inputs":{}}',
+        b'{"inputs":[{"name":"x","shape":[-1],"datatype":"FP32","data":[1]}]}',
+        b'{"inputs":[{"name":"x","shape":[1.5],"datatype":"FP32","data":[1]}]}',
+        b'{"inputs":[],"parameters":{"priority":-1}}',
+        b'{"inputs":[],"parameters":{"timeout":"soon"}}',
+        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":' + b"[" * 50_000 + b"]" * 50_000 + b"}]}",
+        b'{"inputs":[{"name":"x","shape":[' + b"1," * 100 + b'1],"datatype":"FP32","data":[1]}]}',
+    ],
+)
+def test_a_body_that_is_no_request_is_invalid_input(body: bytes) -> None:
+    with pytest.raises(InvalidInput, match="not an inference request"):
+        decode_request(body)
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        (0, None),
+        (1, Priority.LATENCY_CRITICAL),
+        (2, Priority.THROUGHPUT),
+        (3, Priority.BACKGROUND),
+        (4, Priority.BACKGROUND),
+        (2**40, Priority.BACKGROUND),
+    ],
+)
+def test_priorities_count_from_one(sent: int, meant: Priority | None) -> None:
+    body = json.dumps({"inputs": [], "parameters": {"priority": sent}})
+
+    assert decode_request(body.encode()).priority == meant
+
+
+def test_an_output_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="output 'z' was asked for, expected one of 'x', 'y'"):
+        check_outputs(["x", "z"], ["x", "y"])
+
+
+def test_bytes_that_json_cannot_carry_are_an_inference_error() -> None:
+    outputs = {"y": np.array([b"ok", b"\xff"], object)}
+
+    with pytest.raises(InferenceError, match="'y' holds bytes that are not UTF-8"):
+        encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({})))
+
+
+def test_an_answer_that_cannot_be_read_is_an_inference_error() -> None:
+    for body in (b"{", b"[]", b'{"model_name":"m","outputs":[{"name":"y","shape":[2],"datatype":"FP32","data":[1]}]}'):
+        with pytest.raises(InferenceError, match="cannot be read"):
+            decode_reply(body)
+
+
+def test_metadata_has_minus_one_for_every_open_dimension() -> None:
+    model = ModelInfo(
+        "inner name",
+        inputs=(TensorSpec("x", "float32", ("batch", None, 64), 0),),
+        outputs=(TensorSpec("y", "string", ("batch",), 0),),
+        version="2",
+        framework="onnx",
+    )
+
+    assert model_metadata("outer", model) == {
+        "name": "outer",
+        "versions": ["2"],
+        "platform": "onnx",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, -1, 64]}],
+        "outputs": [{"name": "y", "datatype": "BYTES", "shape": [-1]}],
+    }
+
+
+# ------------------------------------------------------------------------------------------- properties
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=3))
+    if draw(st.booleans()):
+        text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+        flat = draw(st.lists(text, min_size=math.prod(shape), max_size=math.prod(shape)))
+        return np.array(flat, object).reshape(shape)
+    dtype = numpy_dtype_of(draw(st.sampled_from(DATATYPES)))
+    finite = {"allow_nan": False, "allow_infinity": False} if dtype.kind == "f" else {}
+    return draw(hnp.arrays(dtype, shape, elements=hnp.from_dtype(dtype, **finite)))
+
+
+@pytest.mark.slow
+@given(inputs=st.dictionaries(st.text(max_size=5), arrays(), max_size=3), id=st.text(max_size=5))
+def test_requests_come_back_as_they_were_sent(inputs: dict[str, np.ndarray[Any, Any]], id: str) -> None:
+    call = decode_request(encode_request(inputs, id=id, priority=Priority.THROUGHPUT, timeout=1.5, outputs=["y"]))
+
+    assert (call.id, call.priority, call.timeout, call.outputs) == (id, Priority.THROUGHPUT, 1.5, ("y",))
+    assert list(call.request.inputs) == list(inputs)
+    assert all(same(call.request.inputs[name], array) for name, array in inputs.items())
+
+
+@pytest.mark.slow
+@given(array=arrays())
+def test_nested_data_means_what_flat_data_means(array: np.ndarray[Any, Any]) -> None:
+    body = json.loads(encode_request({"x": array}))
+    body["inputs"][0]["data"] = array.tolist() if array.ndim else [array.item()]
+
+    if 0 in array.shape[:-1]:  # such nesting cannot show its inner dimensions
+        return
+    assert same(decode_request(json.dumps(body).encode()).request.inputs["x"], array)
+
+
+@pytest.mark.slow
+@given(outputs=st.dictionaries(st.text(max_size=5), arrays(), max_size=3), id=st.text(max_size=5))
+def test_replies_come_back_as_they_were_sent(outputs: dict[str, np.ndarray[Any, Any]], id: str) -> None:
+    reply = decode_reply(encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({}), id)))
+
+    assert (reply.model_name, reply.model_version, reply.id) == ("m", "3", id)
+    assert list(reply.outputs) == list(outputs)
+    assert all(same(reply.outputs[name], array) for name, array in outputs.items())
+
+
+def test_a_number_that_is_none_comes_back_as_nan() -> None:
+    outputs = {"y": np.array([np.nan, np.inf], np.float32)}
+
+    reply = decode_reply(encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({}))))
+
+    assert np.isnan(reply.outputs["y"]).all()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+HOSTILE_INPUT = st.fixed_dictionaries(
+    {"name": st.just("x") | JSON},
+    optional={
+        "shape": st.lists(st.integers(-1, 2**63), max_size=3) | JSON,
+        "datatype": st.sampled_from([*DATATYPES, "BYTES"]) | JSON,
+        "data": JSON,
+    },
+)
+
+
+@pytest.mark.slow
+@given(
+    body=st.binary(max_size=50)
+    | st.fixed_dictionaries(
+        {"inputs": st.lists(HOSTILE_INPUT, max_size=2) | JSON}, optional={"parameters": JSON, "id": JSON}
+    ).map(lambda body: json.dumps(body).encode())
+)
+def test_no_body_raises_anything_but_invalid_input(body: bytes) -> None:
+    try:
+        call = decode_request(body)
+    except InvalidInput:
+        return
+    assert all(isinstance(array, np.ndarray) for array in call.request.inputs.values())

@@ -1,0 +1,251 @@
+"""The registry of named models, over fakes for its own rules and over real schedulers for a replacement's gap."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kapsl_scheduler import Scheduler
+from kapsl_scheduler.engines import CallableEngine
+from kapsl_scheduler.errors import ModelLoadError, ModelNotLoaded, Unavailable
+from kapsl_scheduler.runtime.metrics import SchedulerHealth
+from kapsl_scheduler.runtime.registry import ModelRegistry
+from kapsl_scheduler.types import ModelInfo
+
+
+class FakeScheduler:
+    """A started scheduler that remembers how it was closed."""
+
+    def __init__(self, version: str = "1") -> None:
+        self.version = version
+        self.ready = True
+        self.closed_with: float | None = None
+        self.close_error: Exception | None = None
+
+    def model_info(self) -> ModelInfo:
+        return ModelInfo("inner", version=self.version)
+
+    def health(self) -> SchedulerHealth:
+        return SchedulerHealth(self.ready, self.ready, "ready", ())
+
+    async def close(self, drain: float = 10.0) -> None:
+        if self.close_error is not None:
+            self.closed_with = drain
+            raise self.close_error
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        self.closed_with = drain
+
+
+def registry_of_fakes() -> ModelRegistry[Any]:
+    """A registry whose sources are the schedulers themselves, or the error that loading them raises."""
+
+    async def start(source: Any) -> Any:
+        if isinstance(source, Exception):
+            raise source
+        return source
+
+    return ModelRegistry(start)
+
+
+async def test_models_are_found_by_name_and_version() -> None:
+    registry = registry_of_fakes()
+    b = await registry.load("b", FakeScheduler("2"))
+    a = await registry.load("a", FakeScheduler())
+
+    assert registry.get("b") is b
+    assert registry.get("b", "2") is b
+    assert (b.name, b.info.version) == ("b", "2")
+    assert registry.list() == [a, b]
+    assert "a" in registry
+    assert "c" not in registry
+
+
+async def test_what_is_not_loaded_is_refused_by_naming_what_is() -> None:
+    registry = registry_of_fakes()
+    with pytest.raises(ModelNotLoaded, match="'c' is not loaded; loaded: nothing"):
+        registry.get("c")
+    await registry.load("b", FakeScheduler())
+    await registry.load("a", FakeScheduler())
+
+    with pytest.raises(ModelNotLoaded, match="'c' is not loaded; loaded: 'a', 'b'"):
+        registry.get("c")
+    with pytest.raises(ModelNotLoaded, match="version '9' of model 'a' is not loaded; loaded: version '1'"):
+        registry.get("a", "9")
+    with pytest.raises(ModelNotLoaded, match="'c'"):
+        await registry.unload("c")
+    with pytest.raises(ModelNotLoaded, match="'c'"):
+        await registry.replace("c", FakeScheduler())
+
+
+async def test_a_name_is_loaded_once() -> None:
+    registry = registry_of_fakes()
+    first = FakeScheduler()
+    await registry.load("a", first)
+
+    with pytest.raises(ModelLoadError, match="'a' is loaded already"):
+        await registry.load("a", FakeScheduler())
+
+    assert registry.get("a").scheduler is first
+
+
+async def test_a_model_that_does_not_load_leaves_no_name() -> None:
+    registry = registry_of_fakes()
+
+    with pytest.raises(ModelLoadError, match="broken"):
+        await registry.load("a", ModelLoadError("broken"))
+
+    assert registry.list() == []
+    await registry.load("a", FakeScheduler())
+
+
+async def test_a_replacement_that_does_not_load_changes_nothing() -> None:
+    registry = registry_of_fakes()
+    old = FakeScheduler()
+    await registry.load("a", old)
+
+    with pytest.raises(ModelLoadError, match="broken"):
+        await registry.replace("a", ModelLoadError("broken"))
+
+    assert registry.get("a").scheduler is old
+    assert old.closed_with is None
+
+
+async def test_unloading_takes_the_name_away_and_drains() -> None:
+    registry = registry_of_fakes()
+    scheduler = FakeScheduler()
+    await registry.load("a", scheduler)
+
+    await registry.unload("a", drain=3.0)
+
+    assert scheduler.closed_with == 3.0
+    assert "a" not in registry
+
+
+async def test_ready_means_every_model() -> None:
+    registry = registry_of_fakes()
+    assert registry.ready()
+    schedulers = [FakeScheduler(), FakeScheduler()]
+    for name, scheduler in zip("ab", schedulers, strict=True):
+        await registry.load(name, scheduler)
+    assert registry.ready()
+
+    schedulers[1].ready = False
+
+    assert not registry.ready()
+    assert [model.ready for model in registry.list()] == [True, False]
+
+
+async def test_closing_closes_every_model_even_if_one_fails_to() -> None:
+    schedulers = [FakeScheduler(), FakeScheduler()]
+    schedulers[0].close_error = RuntimeError("stuck")
+
+    async def scenario() -> None:
+        async with registry_of_fakes() as registry:
+            for name, scheduler in zip("ab", schedulers, strict=True):
+                await registry.load(name, scheduler)
+
+    with pytest.raises(RuntimeError, match="stuck"):
+        await scenario()
+    assert [scheduler.closed_with for scheduler in schedulers] == [10.0, 10.0]
+
+
+async def test_changes_to_one_name_wait_for_each_other() -> None:
+    loading = asyncio.Event()
+    go_on = asyncio.Event()
+
+    async def start(source: Any) -> Any:
+        loading.set()
+        await go_on.wait()
+        return source
+
+    registry: ModelRegistry[Any] = ModelRegistry(start)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(registry.load("a", FakeScheduler()))
+        await loading.wait()
+        unloading = group.create_task(registry.unload("a"))
+        await asyncio.sleep(0)
+        assert not unloading.done()
+        go_on.set()
+
+    assert "a" not in registry
+
+
+# ------------------------------------------------------------------------- a replacement without a gap
+
+
+class Versioned:
+    """A model that answers with its version, once it may."""
+
+    def __init__(self, version: float) -> None:
+        self.version = version
+        self.entered = asyncio.Event()
+        self.open = asyncio.Event()
+
+    async def __call__(self, x: Any) -> Any:
+        self.entered.set()
+        await self.open.wait()
+        return np.full_like(x, self.version)
+
+
+async def start_versioned(source: Versioned) -> Any:
+    return await Scheduler([CallableEngine(source, name="m", version=str(source.version))]).__aenter__()
+
+
+async def ask(registry: ModelRegistry[Any]) -> float:
+    response = await registry.get("m").scheduler.infer(np.zeros((1, 1)))
+    return float(response.output[0, 0])
+
+
+async def test_what_began_on_the_old_model_ends_there_and_the_rest_meets_the_new() -> None:
+    old, new = Versioned(1), Versioned(2)
+    new.open.set()
+    async with ModelRegistry(start_versioned) as registry, asyncio.TaskGroup() as group:
+        await registry.load("m", old)
+        running = group.create_task(ask(registry))
+        await old.entered.wait()
+        queued = group.create_task(ask(registry))
+        await asyncio.sleep(0)
+        old_scheduler = registry.get("m").scheduler
+
+        replacing = group.create_task(registry.replace("m", new))
+        async with asyncio.timeout(10):
+            for _ in iter(lambda: registry.get("m").scheduler is old_scheduler, False):
+                await asyncio.sleep(0)
+
+        assert await ask(registry) == 2
+        assert not replacing.done()
+        old.open.set()
+        assert await running == 1
+        assert await queued == 1
+        await replacing
+        with pytest.raises(Unavailable):
+            await old_scheduler.infer(np.zeros((1, 1)))
+
+
+@pytest.mark.slow
+async def test_no_request_fails_while_models_are_replaced_under_load() -> None:
+    versions = [Versioned(number) for number in range(10)]
+    for version in versions:
+        version.open.set()
+    answers: list[float] = []
+    async with ModelRegistry(start_versioned) as registry:
+        await registry.load("m", versions[0])
+        stop = asyncio.Event()
+
+        async def caller() -> None:
+            while not stop.is_set():
+                answers.append(await ask(registry))
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(caller())
+            for version in versions[1:]:
+                await registry.replace("m", version)
+                await version.entered.wait()
+            stop.set()
+
+    assert set(answers) == set(range(10))

@@ -1,0 +1,203 @@
+"""The client against servers that misbehave, and what it makes of inputs that people write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kapsl_scheduler.client import Client, LoadTally, closed_loop, fit_inputs, random_inputs
+from kapsl_scheduler.errors import EngineError, InvalidInput, ModelNotLoaded, Overloaded, Unavailable
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Peer:
+    """Answers each request with the next of `answers`, byte by byte as given; empty bytes close the connection."""
+
+    def __init__(self, answers: list[bytes]) -> None:
+        self.answers = answers
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.asked = asyncio.Event()
+        self.closed = asyncio.Event()
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while self.answers:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+                self.requests.append(head + await reader.readexactly(length))
+                self.asked.set()
+                answer = self.answers.pop(0)
+                if not answer:
+                    break
+                writer.write(answer)
+            else:
+                await reader.read()
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+            self.closed.set()
+
+
+@asynccontextmanager
+async def talking_to(*answers: bytes) -> AsyncIterator[tuple[Client, Peer]]:
+    peer = Peer(list(answers))
+    server = await asyncio.start_server(peer, "127.0.0.1", 0)
+    try:
+        async with server, Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+            yield client, peer
+    finally:
+        if peer.connections:
+            await peer.closed.wait()
+
+
+def answer(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"content-length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+async def test_a_connection_is_used_again() -> None:
+    async with talking_to(answer(b'{"a":1}'), answer(b'{"a":2}')) as (client, peer):
+        assert [await client.get("/1"), await client.get("/2")] == [{"a": 1}, {"a": 2}]
+
+    assert peer.connections == 1
+    assert peer.requests[1].startswith(b"GET /2 HTTP/1.1\r\nhost: 127.0.0.1:")
+
+
+async def test_a_connection_that_the_server_will_close_is_not_used_again() -> None:
+    async with talking_to(answer(b"{}", "200 OK", "connection: close"), answer(b"{}")) as (client, peer):
+        await client.get("/")
+        await client.get("/")
+
+    assert peer.connections == 2
+
+
+async def test_names_are_escaped_in_paths() -> None:
+    async with talking_to(answer(b"{}")) as (client, peer):
+        await client.metadata("a b/c")
+
+    assert peer.requests[0].startswith(b"GET /v2/models/a%20b%2Fc HTTP/1.1\r\n")
+
+
+async def test_an_error_keeps_its_type_and_its_time() -> None:
+    said = b'{"error":"full","code":"overloaded","retry_after":0.25}'
+    async with talking_to(answer(said, "429 Too Many Requests")) as (client, _):
+        with pytest.raises(Overloaded, match="full") as raised:
+            await client.get("/")
+
+    assert raised.value.retry_after == 0.25
+
+
+@pytest.mark.parametrize("body", [b"oh no", b'{"error": 1}', b""])
+async def test_an_error_of_another_kind_of_server_is_an_engine_error(body: bytes) -> None:
+    async with talking_to(answer(body, "502 Bad Gateway")) as (client, _):
+        with pytest.raises(EngineError, match="status 502"):
+            await client.get("/")
+
+
+@pytest.mark.parametrize("reply", [b"", b"SMTP ready\r\n"])
+async def test_a_server_that_hangs_up_or_speaks_something_else_is_unavailable(reply: bytes) -> None:
+    async with talking_to(reply) as (client, _):
+        with pytest.raises(Unavailable):
+            await client.get("/")
+
+
+async def test_no_server_is_unavailable() -> None:
+    async with talking_to() as (client, _):
+        pass
+    with pytest.raises(Unavailable, match="no server answers"):
+        await client.get("/")
+
+
+async def test_a_cancelled_call_closes_its_connection() -> None:
+    async with talking_to(b"HTTP/1.1 200 OK\r\n", b"unused") as (client, peer):
+        call = asyncio.create_task(client.get("/"))
+        await peer.asked.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await peer.closed.wait()
+
+
+@pytest.mark.parametrize("url", ["ftp://host", "http://", ""])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(InvalidInput, match="no server address"):
+        Client(url)
+
+
+async def test_a_closed_loop_counts_answers_and_errors() -> None:
+    calls = 0
+
+    async def call() -> None:
+        nonlocal calls
+        calls += 1
+        fails = calls % 2
+        await asyncio.sleep(0)
+        if fails:
+            raise ModelNotLoaded("gone")
+
+    tally = await closed_loop(call, callers=3, seconds=0.01)
+
+    assert len(tally.latencies) + tally.errors["model_not_loaded"] == calls
+    assert abs(len(tally.latencies) - tally.errors["model_not_loaded"]) <= 1
+
+
+def test_a_summary_of_nothing_has_no_percentiles() -> None:
+    assert LoadTally().summary(2.0) == {
+        "requests": 0,
+        "requests_per_second": 0.0,
+        "p50": None,
+        "p99": None,
+        "errors": {},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- inputs
+
+ONE = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}]}
+TWO = {
+    "inputs": [
+        {"name": "text", "datatype": "BYTES", "shape": [-1, 1]},
+        {"name": "rate", "datatype": "INT64", "shape": []},
+    ]
+}
+
+
+@pytest.mark.parametrize("given", [[1, 2], [[1, 2]], {"x": [1, 2]}, {"x": np.array([[1, 2]], np.float64)}])
+def test_inputs_are_fitted_to_the_model(given: Any) -> None:
+    x = fit_inputs(given, ONE)["x"]
+
+    assert x.dtype == np.float32
+    assert x.tolist() == [[1, 2]]
+
+
+def test_several_inputs_go_by_name() -> None:
+    inputs = fit_inputs({"text": ["a"], "rate": 8}, TWO)
+
+    assert inputs["text"].tolist() == [["a"]]
+    assert (inputs["rate"].dtype, inputs["rate"].shape) == (np.int64, ())
+    with pytest.raises(InvalidInput, match="expected text, rate by name"):
+        fit_inputs([1], TWO)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"y": 1}, "'y' came, expected one of x"), (["a"], "'x': not convertible to FP32"), ([[1], [1, 2]], "'x'")],
+)
+def test_inputs_that_do_not_fit_are_refused(given: Any, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        fit_inputs(given, ONE)
+
+
+def test_random_inputs_have_the_shapes_of_the_model() -> None:
+    assert random_inputs(ONE, 3)["x"].shape == (3, 2)
+    assert random_inputs(TWO, 3)["text"].tolist() == [["text"]] * 3
+    assert random_inputs(TWO, 3)["rate"].shape == ()

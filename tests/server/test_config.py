@@ -1,0 +1,145 @@
+"""Where settings come from, which source wins, and how faults are reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kapsl_scheduler.config import Config, ConfigError, ModelSettings, ServerSettings, load_config
+from kapsl_scheduler.core.batch import BatchPolicy
+from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
+from kapsl_scheduler.types import Priority
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "kapsl.toml"
+
+
+def faults_of(flags: dict[str, object], environment: dict[str, str], file: Path | None = None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as raised:
+        load_config(flags=flags, environment=environment, file=file)
+    return raised.value.faults
+
+
+def test_defaults_are_loopback_and_refuse_when_full() -> None:
+    config = load_config(flags={}, environment={"PATH": "/bin"})
+
+    assert config == Config()
+    assert (config.server.host, config.server.port) == ("127.0.0.1", 8080)
+    assert config.model.queue_policy() == QueuePolicy(overflow=QueueOverflowPolicy.DROP_NEWEST)
+    assert config.model.batch_policy() == BatchPolicy()
+    assert config.model.priority() is Priority.LATENCY_CRITICAL
+
+
+def test_flag_beats_environment_beats_file_beats_default(file: Path) -> None:
+    file.write_text("[server]\nport = 1\ndrain = 1\n[model]\nthreads = 1\nworkers = 1\nmax_waiting = 1\n")
+
+    config = load_config(
+        flags={"port": "3", "workers": "3", "drain": None},
+        environment={"KAPSL_PORT": "2", "KAPSL_WORKERS": "2", "KAPSL_THREADS": "2"},
+        file=file,
+    )
+
+    assert (config.server.port, config.server.drain) == (3, 1.0)
+    model = config.model
+    assert (model.workers, model.threads, model.max_waiting, model.max_batch_size) == (3, 2, 1, 32)
+
+
+def test_one_model_beats_all_models_in_the_file_and_a_flag_beats_both(file: Path) -> None:
+    file.write_text("[model]\nthreads = 2\nworkers = 2\n[models.a]\nthreads = 3\nworkers = 3\n[models.'b.c']\n")
+
+    config = load_config(flags={"workers": "4"}, environment={}, file=file)
+
+    assert (config.for_model("a").threads, config.for_model("a").workers) == (3, 4)
+    assert (config.for_model("b.c").threads, config.for_model("b.c").workers) == (2, 4)
+    assert config.for_model("other") is config.model
+
+
+def test_text_becomes_every_type_of_setting() -> None:
+    config = load_config(
+        flags={"max_batch_size": "16", "preferred_batch_sizes": "4, 8", "max_batch_time": "0.5"},
+        environment={
+            "KAPSL_OVERFLOW": "block",
+            "KAPSL_MAX_QUEUE_BYTES": "1000",
+            "KAPSL_ALLOW_REMOTE": "True",
+            "KAPSL_HOST": "0.0.0.0",
+            "KAPSL_DEFAULT_PRIORITY": "throughput",
+        },
+    )
+
+    assert config.server == ServerSettings(host="0.0.0.0", allow_remote=True)
+    assert config.model == ModelSettings(
+        max_batch_size=16,
+        preferred_batch_sizes=(4, 8),
+        max_batch_time=0.5,
+        overflow=QueueOverflowPolicy.BLOCK,
+        max_queue_bytes=1000,
+        default_priority="throughput",
+    )
+    assert config.model.queue_policy().overflow is QueueOverflowPolicy.BLOCK
+    assert config.model.queue_policy().max_bytes == 1000
+    assert config.model.priority() is Priority.THROUGHPUT
+
+
+def test_the_environment_can_name_the_file(file: Path) -> None:
+    file.write_text("[server]\nport = 5\n")
+
+    assert load_config(flags={}, environment={"KAPSL_CONFIG": str(file)}).server.port == 5
+
+
+def test_every_fault_is_reported_with_its_place_and_unknown_keys_with_the_nearest(file: Path) -> None:
+    file.write_text("[server]\nprt = 1\ndrain = 'x'\n[model]\nmax_batchsize = 8\n[models]\na = 1\n[extra]\n")
+
+    faults = faults_of({"port": "70000"}, {"KAPSL_THREAD": "2", "KAPSL_WORKERS": "many"}, file)
+
+    assert set(faults) == {
+        "environment: there is no key 'KAPSL_THREAD'; the nearest valid key is 'KAPSL_THREADS'",
+        f"{file}: server: there is no key 'prt'; the nearest valid key is 'port'",
+        f"{file}: model: there is no key 'max_batchsize'; the nearest valid key is 'max_batch_size'",
+        f"{file}: models.a: expected a table, got 1",
+        f"{file}: there is no key 'extra'; the nearest valid key is 'server'",
+        f"{file}: server.drain: Expected `float`, got 'x'",
+        "--port: Expected `int` <= 65535, got '70000'",
+        "KAPSL_WORKERS: Expected `int`, got 'many'",
+    }
+
+
+def test_settings_that_contradict_each_other_are_a_fault(file: Path) -> None:
+    file.write_text("[models.a]\npreferred_batch_sizes = [4, 64]\n")
+
+    (fault,) = faults_of({}, {}, file)
+
+    assert fault.startswith(f"{file}: models.a.preferred_batch_sizes: ")
+    assert "64" in fault
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"[server", "is not TOML"), (b"\xff", "is not TOML"), (None, "cannot be read")]
+)
+def test_a_file_that_cannot_be_used_is_a_fault(file: Path, content: bytes | None, said: str) -> None:
+    if content is not None:
+        file.write_bytes(content)
+
+    (fault,) = faults_of({}, {}, file)
+
+    assert fault.startswith(f"{file}: {said}")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.1", "example.com"])
+def test_an_address_that_others_can_reach_needs_a_word(host: str) -> None:
+    (fault,) = faults_of({"host": host}, {})
+
+    assert "--allow-remote" in fault
+    assert "no authentication" in fault
+    assert load_config(flags={"host": host, "allow_remote": True}, environment={}).server.host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    assert load_config(flags={"host": host}, environment={}).server.host == host
+
+
+def test_a_key_means_one_thing_only() -> None:
+    assert not set(ServerSettings.__struct_fields__) & set(ModelSettings.__struct_fields__)

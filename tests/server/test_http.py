@@ -1,0 +1,483 @@
+"""The HTTP routes in process: the table from error to status, bounds, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from kapsl_scheduler import QueueOverflowPolicy, QueuePolicy, Scheduler
+from kapsl_scheduler import errors as error_tree
+from kapsl_scheduler.engines import CallableEngine
+from kapsl_scheduler.errors import (
+    Backend,
+    Cancelled,
+    DeadlineExceeded,
+    EngineError,
+    InferenceError,
+    InvalidInput,
+    InvalidPackage,
+    ModelLoadError,
+    ModelNotLoaded,
+    Overloaded,
+    ResourceExhausted,
+    Unavailable,
+)
+from kapsl_scheduler.runtime.registry import ModelRegistry
+from kapsl_scheduler.server.http import HttpApi, status_of
+from kapsl_scheduler.types import InferenceResponse, ModelInfo, Priority
+
+Function = Callable[..., Any]
+
+
+class Gate:
+    """A model that answers when it is told to. It doubles its input."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.open = asyncio.Event()
+        self.calls = 0
+
+    async def __call__(self, x: Any) -> Any:
+        self.calls += 1
+        self.entered.set()
+        await self.open.wait()
+        return x * 2
+
+
+async def double(x: Any) -> Any:
+    return x * 2
+
+
+class Server:
+    """The application over one model named `m`, and a client of it."""
+
+    def __init__(self, registry: ModelRegistry[Function], scheduler: Scheduler, max_body_bytes: int) -> None:
+        self.registry = registry
+        self.scheduler = scheduler
+        self.api = HttpApi(registry, version="1.2.3", max_body_bytes=max_body_bytes)
+        transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+
+    async def infer(self, data: Any = (1, 2), path: str = "/v2/models/m/infer", **keys: Any) -> httpx.Response:
+        return await self.client.post(path, content=body_of(data, **keys))
+
+
+def body_of(data: Any = (1, 2), **keys: Any) -> bytes:
+    tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": data}
+    return json.dumps({"inputs": [tensor], **keys}).encode()
+
+
+@asynccontextmanager
+async def serving(function: Function = double, *, max_body_bytes: int = 10_000, **policy: Any) -> AsyncIterator[Server]:
+    schedulers = []
+
+    async def start(function: Function) -> Scheduler:
+        engine = CallableEngine(
+            function,
+            name="inner",
+            version="3",
+            inputs={"x": ("float32", (None, 2))},
+            outputs={"y": ("float32", (None, 2))},
+        )
+        queue = QueuePolicy(overflow=QueueOverflowPolicy.DROP_NEWEST, **policy)
+        schedulers.append(await Scheduler([engine], queue=queue).__aenter__())
+        return schedulers[-1]
+
+    async with ModelRegistry(start) as registry:
+        await registry.load("m", function)
+        server = Server(registry, schedulers[0], max_body_bytes)
+        async with server.client:
+            yield server
+
+
+def assert_error(response: httpx.Response, status: int, code: str) -> str:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert body["code"] == code
+    message = body["error"]
+    assert isinstance(message, str)
+    assert message
+    return message
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets other tasks run until the condition holds; it must come to hold without any time passing."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("the condition did not come to hold")
+
+
+# ------------------------------------------------------------------------------------------ what works
+
+
+@pytest.mark.parametrize("path", ["/v2/models/m/infer", "/v2/models/m/versions/3/infer"])
+async def test_an_inference_is_answered(path: str) -> None:
+    async with serving() as server:
+        response = await server.infer([1.5, -2], path, id="7", outputs=[{"name": "y"}])
+
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == {
+        "model_name": "m",
+        "model_version": "3",
+        "id": "7",
+        "outputs": [{"name": "y", "shape": [1, 2], "datatype": "FP32", "data": [3.0, -4.0]}],
+    }
+
+
+async def test_the_content_type_of_a_request_does_not_matter() -> None:
+    async with serving() as server:
+        for content_type in ("", "application/octet-stream", "application/x-www-form-urlencoded"):
+            response = await server.client.post(
+                "/v2/models/m/infer", content=body_of(), headers={"content-type": content_type}
+            )
+            assert response.status_code == 200
+
+
+async def test_health_metadata_and_index() -> None:
+    async with serving() as server:
+        answers = {
+            path: (await server.client.get(path)).json()
+            for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/m", "/v2/models/m/versions/3/ready")
+        }
+        index = await server.client.post("/v2/repository/index")
+
+    assert answers["/v2"] == {"name": "kapsl-scheduler", "version": "1.2.3", "extensions": ["schedule_policy"]}
+    assert answers["/v2/health/live"] == {"live": True}
+    assert answers["/v2/health/ready"] == {"ready": True}
+    assert answers["/v2/models/m/versions/3/ready"] == {"name": "m", "ready": True}
+    assert answers["/v2/models/m"]["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}]
+    assert index.json() == [{"name": "m", "version": "3", "state": "READY", "reason": ""}]
+
+
+async def test_statistics_count_answers_and_calls() -> None:
+    async with serving() as server:
+        await server.infer()
+        await server.infer("nonsense")
+        stats = (await server.client.get("/v2/models/m/stats")).json()["model_stats"][0]
+
+    assert (stats["name"], stats["version"]) == ("m", "3")
+    assert (stats["inference_count"], stats["execution_count"]) == (1, 1)
+    assert stats["answers"] == {"200": 1, "400": 1}
+    assert stats["scheduler"]["succeeded"] == 1
+    assert stats["scheduler"]["classes"]["latency_critical"]["succeeded"] == 1
+
+
+# --------------------------------------------------------------------------------- the table of statuses
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InvalidInput(), 400),
+        (ModelNotLoaded(), 404),
+        (ResourceExhausted(), 413),
+        (Overloaded(), 429),
+        (Cancelled(), 499),
+        (Unavailable(), 503),
+        (DeadlineExceeded(), 504),
+        (Backend(), 500),
+        (InferenceError(), 500),
+        (ModelLoadError(), 500),
+        (InvalidPackage(["x"]), 500),
+        (EngineError(), 500),
+        (ValueError(), 500),
+    ],
+)
+def test_every_error_has_its_status(error: Exception, status: int) -> None:
+    assert status_of(error) == status
+
+
+def test_the_table_above_knows_every_error_of_the_tree() -> None:
+    marked = test_every_error_has_its_status.pytestmark[0]  # type: ignore[attr-defined]
+    tested = {type(error).__name__ for error, _ in marked.args[1]}
+
+    assert tested >= set(error_tree.__all__)
+
+
+@pytest.mark.parametrize(
+    ("data", "keys", "said"),
+    [
+        ([1], {}, "input 'x': data has 1 elements, expected 2"),
+        ([1, 2], {"outputs": [{"name": "z"}]}, "output 'z' was asked for, expected one of 'y'"),
+        ([1, 2], {"parameters": {"priority": "high"}}, "priority"),
+        ([1, 2], {"inputs": [{"name": "w", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}, "'w'"),
+        ([1, 2], {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "INT8", "data": [1, 2]}]}, "float32"),
+    ],
+)
+async def test_400(data: Any, keys: dict[str, Any], said: str) -> None:
+    async with serving() as server:
+        response = await server.infer(data, **keys)
+
+        assert said in assert_error(response, 400, "invalid_input")
+        assert server.scheduler.statistics().calls == 0
+
+
+async def test_404_names_what_is_loaded() -> None:
+    async with serving() as server:
+        assert "'m'" in assert_error(await server.infer(path="/v2/models/no/infer"), 404, "model_not_loaded")
+        assert "'3'" in assert_error(await server.infer(path="/v2/models/m/versions/9/infer"), 404, "model_not_loaded")
+        for path in ("/v2/models/no", "/v2/models/no/ready", "/v2/models/no/stats"):
+            assert_error(await server.client.get(path), 404, "model_not_loaded")
+        assert "/v3" in assert_error(await server.client.get("/v3"), 404, "not_found")
+
+
+async def test_405() -> None:
+    async with serving() as server:
+        response = await server.client.get("/v2/models/m/infer")
+
+    assert_error(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+
+
+async def test_413_by_content_length_before_the_body_is_read() -> None:
+    async with serving(max_body_bytes=100) as server:
+        status, _ = await exchange(server.api, [], headers=[(b"content-length", b"101")])
+
+    assert status == 413
+
+
+async def test_413_while_a_body_without_a_length_is_read() -> None:
+    endless = [{"type": "http.request", "body": b" " * 60, "more_body": True}] * 1000
+    async with serving(max_body_bytes=100) as server:
+        status, read = await exchange(server.api, endless)
+
+    assert status == 413
+    assert read == 2
+
+
+async def test_a_body_in_pieces_is_put_together() -> None:
+    body = body_of()
+    pieces = [
+        {"type": "http.request", "body": body[:20], "more_body": True},
+        {"type": "http.request", "body": body[20:]},
+    ]
+    async with serving() as server:
+        status, _ = await exchange(server.api, pieces)
+
+    assert status == 200
+
+
+async def test_429_with_retry_after_when_the_queue_is_full() -> None:
+    gate = Gate()
+    async with serving(gate, max_size=1) as server, asyncio.TaskGroup() as group:
+        running = group.create_task(server.infer())
+        await gate.entered.wait()
+        queued = group.create_task(server.infer())
+        await until(lambda: server.scheduler.statistics().queued == 1)
+
+        refused = await server.infer()
+
+        assert_error(refused, 429, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["retry_after"] >= 0
+        gate.open.set()
+        assert [(await running).status_code, (await queued).status_code] == [200, 200]
+
+
+async def test_503_with_retry_after_when_the_scheduler_is_closed() -> None:
+    async with serving() as server:
+        await server.scheduler.close(0)
+
+        response = await server.infer()
+        ready = await server.client.get("/v2/health/ready")
+        model_ready = await server.client.get("/v2/models/m/ready")
+        index = await server.client.post("/v2/repository/index")
+
+    assert_error(response, 503, "unavailable")
+    assert int(response.headers["retry-after"]) >= 1
+    assert (ready.status_code, ready.json()) == (503, {"ready": False})
+    assert (model_ready.status_code, model_ready.json()) == (503, {"name": "m", "ready": False})
+    assert index.json()[0]["state"] == "UNAVAILABLE"
+
+
+async def test_a_draining_server_is_not_ready_but_answers() -> None:
+    async with serving() as server:
+        server.api.draining = True
+
+        assert (await server.client.get("/v2/health/ready")).status_code == 503
+        assert (await server.client.get("/v2/health/live")).status_code == 200
+        assert (await server.infer()).status_code == 200
+
+
+async def test_504_when_the_timeout_in_microseconds_is_over() -> None:
+    gate = Gate()
+    async with serving(gate) as server:
+        response = await server.infer(parameters={"timeout": 1000})
+
+        assert_error(response, 504, "deadline_exceeded")
+        gate.open.set()
+
+
+async def test_500_keeps_the_type_of_the_error_and_says_what_the_model_said(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(x: Any) -> Any:
+        raise ZeroDivisionError("no answer to that")
+
+    async with serving(fails) as server:
+        message = assert_error(await server.infer(), 500, "inference_error")
+
+    assert "no answer to that" in message
+    assert "inference on 'm' failed: inference_error" in caplog.text
+
+
+class Recording:
+    """A scheduler that only remembers how it was called; `failure` is what it raises."""
+
+    def __init__(self) -> None:
+        self.keywords: dict[str, Any] = {}
+        self.failure: Exception | None = None
+
+    async def infer(self, request: Any, **keywords: Any) -> InferenceResponse:
+        self.keywords = keywords
+        if self.failure is not None:
+            raise self.failure
+        return InferenceResponse({"y": np.zeros(1)}, 0.0, 0.0, 1)
+
+    def model_info(self) -> ModelInfo:
+        return ModelInfo("inner")
+
+    async def close(self, drain: float = 0) -> None: ...
+
+
+@asynccontextmanager
+async def recording() -> AsyncIterator[tuple[Recording, httpx.AsyncClient]]:
+    scheduler = Recording()
+
+    async def start(source: None) -> Any:
+        return scheduler
+
+    async with ModelRegistry(start) as registry:
+        await registry.load("m", None)
+        transport = httpx.ASGITransport(HttpApi(registry, version="1"), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            yield scheduler, client
+
+
+async def test_an_unexpected_error_is_500_and_is_logged_but_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    async with recording() as (scheduler, client):
+        scheduler.failure = RuntimeError("secret")
+        response = await client.post("/v2/models/m/infer", content=body_of())
+
+    assert "secret" not in assert_error(response, 500, "internal")
+    assert "secret" in caplog.text
+
+
+async def test_priority_and_timeout_reach_the_scheduler_in_its_units() -> None:
+    async with recording() as (scheduler, client):
+        for sent, meant in [
+            (0, None),
+            (1, Priority.LATENCY_CRITICAL),
+            (2, Priority.THROUGHPUT),
+            (7, Priority.BACKGROUND),
+        ]:
+            parameters = {"priority": sent, "timeout": 1_500_000}
+            await client.post("/v2/models/m/infer", content=body_of(parameters=parameters))
+            assert scheduler.keywords == {"priority": meant, "timeout": 1.5}
+        await client.post("/v2/models/m/infer", content=body_of())
+        assert scheduler.keywords == {"priority": None, "timeout": None}
+
+
+async def test_an_output_that_an_undeclared_model_did_not_return_is_400() -> None:
+    async with recording() as (_, client):
+        response = await client.post("/v2/models/m/infer", content=body_of(outputs=[{"name": "z"}]))
+
+    assert_error(response, 400, "invalid_input")
+
+
+# ---------------------------------------------------------------------------------- clients that go away
+
+
+async def exchange(
+    api: HttpApi,
+    messages: list[dict[str, Any]],
+    *,
+    headers: list[tuple[bytes, bytes]] | None = None,
+    gone: Awaitable[Any] | None = None,
+) -> tuple[int, int]:
+    """One inference over bare ASGI: `messages`, then a disconnect once `gone` is done. Status and messages read."""
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v2/models/m/infer",
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers or [],
+    }
+    sent: list[dict[str, Any]] = []
+    read = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        if read < len(messages):
+            read += 1
+            return messages[read - 1]
+        await (gone or asyncio.Event().wait())
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await api(scope, receive, send)
+    return sent[0]["status"], read
+
+
+async def test_a_client_that_goes_away_cancels_its_running_request() -> None:
+    gate = Gate()
+    async with serving(gate) as server:
+        status, _ = await exchange(server.api, [{"type": "http.request", "body": body_of()}], gone=gate.entered.wait())
+
+        assert status == 499
+        assert server.scheduler.statistics().cancelled == 1
+        assert not [task for task in asyncio.all_tasks() if "_fail_when_gone" in repr(task)]
+        stats = (await server.client.get("/v2/models/m/stats")).json()["model_stats"][0]
+        assert stats["answers"] == {"499": 1}
+        gate.open.set()
+
+
+async def test_a_client_that_goes_away_takes_its_request_out_of_the_queue() -> None:
+    gate = Gate()
+    async with serving(gate) as server, asyncio.TaskGroup() as group:
+        running = group.create_task(server.infer())
+        await gate.entered.wait()
+        gone = asyncio.Event()
+        leaving = group.create_task(
+            exchange(server.api, [{"type": "http.request", "body": body_of()}], gone=gone.wait())
+        )
+        await until(lambda: server.scheduler.statistics().queued == 1)
+
+        gone.set()
+
+        assert (await leaving)[0] == 499
+        gate.open.set()
+        assert (await running).status_code == 200
+        statistics = server.scheduler.statistics()
+        assert (statistics.queued, statistics.cancelled, gate.calls) == (0, 1, 1)
+
+
+async def test_a_client_that_goes_away_within_its_body_is_not_asked_to_wait() -> None:
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    async with serving() as server:
+        status, _ = await exchange(server.api, messages)
+
+        assert status == 499
+        assert server.scheduler.statistics().offered == 0
+
+
+async def test_answers_to_a_name_that_was_not_loaded_are_not_counted() -> None:
+    async with serving() as server:
+        await server.client.post("/v2/models/later/infer", content=b"x" * 20_000)
+        await server.registry.load("later", double)
+
+        stats = (await server.client.get("/v2/models/later/stats")).json()["model_stats"][0]
+
+    assert stats["answers"] == {}

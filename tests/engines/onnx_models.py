@@ -88,6 +88,27 @@ def identity(dtype: int, shape: Sequence[int | str | None] | None = ("batch", 2)
     return model([helper.make_node("Identity", ["x"], ["y"])], [tensor("x", dtype, shape)], [tensor("y", dtype, shape)])
 
 
+def branching() -> Any:
+    """y = x where the sum of x is positive, else -x: which, no shape says."""
+
+    def branch(name: str, op: str) -> Any:
+        out = tensor(f"{name}_y", TensorProto.FLOAT, ["batch", 4])
+        return helper.make_graph([helper.make_node(op, ["x"], [f"{name}_y"])], name, [], [out])
+
+    return model(
+        [
+            helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+            helper.make_node("Greater", ["sum", "zero"], ["positive"]),
+            helper.make_node(
+                "If", ["positive"], ["y"], then_branch=branch("same", "Identity"), else_branch=branch("minus", "Neg")
+            ),
+        ],
+        [tensor("x", TensorProto.FLOAT, ["batch", 4])],
+        [tensor("y", TensorProto.FLOAT, ["batch", 4])],
+        {"zero": np.zeros((), np.float32)},
+    )
+
+
 def lookup() -> Any:
     """y = table[i] of three entries: an index beyond them fails inside the run."""
     return model(

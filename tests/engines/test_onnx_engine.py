@@ -146,6 +146,13 @@ def test_a_call_is_bounded_if_the_shapes_bound_it(tmp_path: Path, build: Any, bo
     assert engine.bounded_call is bounded
 
 
+def test_a_model_that_branches_on_values_is_not_bounded_by_its_shapes(tmp_path: Path) -> None:
+    engine = loaded(tmp_path, onnx_models.branching())
+    assert not engine.bounded_call
+    x = np.array([[1, 2, 3, 4]], np.float32)
+    np.testing.assert_array_equal(engine.infer({"x": -x})["y"], x)
+
+
 def test_a_call_elsewhere_than_on_the_cpu_is_not_bounded(tmp_path: Path) -> None:
     engine = loaded(tmp_path, onnx_models.dense(), providers=["azure", "cpu"])
     assert not engine.bounded_call

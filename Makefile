@@ -1,0 +1,51 @@
+# One line a target. A virtual environment is made where there is none; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SECONDS ?= 20
+RUN_ENV := PYTHONPATH=src
+
+.PHONY: demo serve test check fmt stress bench docs clean
+
+demo: $(VENV)/.run  ## the digits model over HTTP, live and throughput traffic at once
+	$(BIN)/kapsl-scheduler demo --seconds $(SECONDS)
+
+serve: $(VENV)/.run  ## serve the digits model until stopped
+	$(BIN)/kapsl-scheduler demo --serve
+
+test: $(VENV)/.dev  ## every test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## the tests with coverage, and everything else that must hold
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/coverage run -m pytest && $(BIN)/coverage report
+	$(BIN)/kapsl-scheduler demo --seconds 5
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+stress: $(VENV)/.dev  ## 100,000 simulated arrivals and many more examples for each property
+	KAPSL_STRESS=1 HYPOTHESIS_PROFILE=stress $(BIN)/python -m pytest tests/core tests/sim --timeout 3600
+
+bench: $(VENV)/.bench  ## speed against the engine and against other batchers; see docs/benchmarks.md
+	$(BIN)/python -m benchmarks all --peers
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,server]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,server,dev]'
+	touch $@ $(VENV)/.run
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[onnx,server,bench]'
+	touch $@

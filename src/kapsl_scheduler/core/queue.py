@@ -142,10 +142,18 @@ class RequestQueue:
 
     def has_work(self, slot: Slot) -> bool:
         """Whether there is anything that the slot might run, now or after a delay."""
-        return any(
-            (queue.count and queue.lanes(slot)) or (queue.returned and queue.has_returned(slot))
-            for queue in self._classes
-        )
+        for queue in self._classes:
+            if queue.count and queue.lanes(slot):
+                return True
+            if queue.returned and queue.has_returned(slot):
+                return True
+        return False
+
+    def is_background_only(self) -> bool:
+        """Whether there is work, and all of it is background work that nobody waits to get past."""
+        background = self._classes[BACKGROUND]
+        above = any([queue.returned for queue in self._classes])
+        return self.queued == background.count > 0 and not above and not self._waiting_count
 
     def drain_time(self) -> float:
         """Predicted seconds until what is queued now has run."""

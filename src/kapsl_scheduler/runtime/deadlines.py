@@ -11,7 +11,6 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Final
 
 from kapsl_scheduler.core.batch import Pending
@@ -36,9 +35,9 @@ class Alarm(enum.IntEnum):
 class Deadlines:
     """Calls `on_alarm(item, alarm)` on the loop for every moment that comes while the item's future is pending.
 
-    Moments that are equally far ahead come in the order in which they were added, so each distance has a plain line
-    and adding costs no comparison; distances beyond the first sixteen share a heap. Requests that were answered are
-    dropped from the front of their line when the next one joins it.
+    Deadlines that are equally far ahead come in the order in which they were added, so each distance has a plain line
+    and adding costs no comparison; distances beyond the first sixteen, and the rarer alarms, share a heap. Requests
+    that were answered are dropped from the front of their line when the next one joins it.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Deadlines:
         self._loop = loop
         self._clock = clock
         self._on_alarm = on_alarm
-        self._lines: dict[tuple[float, Alarm], deque[tuple[float, Pending]]] = {}
+        self._lines: dict[float, deque[Pending]] = {}
         self._heap: list[tuple[float, int, Alarm, Pending]] = []
         self._count = 0
         self._sweep_at = _GARBAGE
@@ -57,21 +56,27 @@ class Deadlines:
     def __len__(self) -> int:
         return len(self._heap) + sum(map(len, self._lines.values()))
 
+    def add_deadline(self, item: Pending, timeout: float) -> None:
+        """Watch for the item's deadline, `timeout` seconds after its arrival."""
+        line = self._lines.get(timeout)
+        if line is None:
+            line = self._new_line(timeout)
+            if line is None:
+                self.add(item, timeout, Alarm.DEADLINE)
+                return
+        line.append(item)
+        while line[0].future.done():
+            line.popleft()
+        if item.deadline < self._timer_at:
+            self._set_timer(item.deadline)
+
     def add(self, item: Pending, seconds: float, alarm: Alarm) -> None:
         """Watch for the moment `seconds` after the item's arrival."""
         when = item.arrival + seconds
-        line = self._lines.get((seconds, alarm))
-        if line is None:
-            line = self._new_line(seconds, alarm)
-        if line is None:
-            self._count += 1
-            heapq.heappush(self._heap, (when, self._count, alarm, item))
-            if len(self._heap) > self._sweep_at:
-                self._sweep()
-        else:
-            line.append((when, item))
-            while line[0][1].future.done():
-                line.popleft()
+        self._count += 1
+        heapq.heappush(self._heap, (when, self._count, alarm, item))
+        if len(self._heap) > self._sweep_at:
+            self._sweep()
         if when < self._timer_at:
             self._set_timer(when)
 
@@ -83,12 +88,12 @@ class Deadlines:
             self._timer.cancel()
             self._timer = None
 
-    def _new_line(self, seconds: float, alarm: Alarm) -> deque[tuple[float, Pending]] | None:
+    def _new_line(self, timeout: float) -> deque[Pending] | None:
         if len(self._lines) >= _LINES:
             self._lines = {key: line for key, line in self._lines.items() if line}
         if len(self._lines) >= _LINES:
             return None
-        line = self._lines[seconds, alarm] = deque()
+        line = self._lines[timeout] = deque()
         return line
 
     def _sweep(self) -> None:
@@ -105,19 +110,18 @@ class Deadlines:
     def _ring(self) -> None:
         now = self._clock()
         self._timer, self._timer_at = None, math.inf
-        due: list[tuple[float, int, Alarm, Pending]] = []
-        for (_, alarm), line in self._lines.items():
-            while line and (line[0][0] <= now or line[0][1].future.done()):
-                when, item = line.popleft()
-                due.append((when, len(due), alarm, item))
         heap = self._heap
+        for line in self._lines.values():
+            while line and (line[0].deadline <= now or line[0].future.done()):
+                item = line.popleft()
+                self._count += 1
+                heapq.heappush(heap, (item.deadline, self._count, Alarm.DEADLINE, item))
         while heap and (heap[0][0] <= now or heap[0][3].future.done()):
-            due.append(heapq.heappop(heap))
-        for _, _, alarm, item in sorted(due, key=itemgetter(0)):
+            _, _, alarm, item = heapq.heappop(heap)
             if not item.future.done():
                 self._on_alarm(item, alarm)
-        earliest = min((line[0][0] for line in self._lines.values() if line), default=math.inf)
-        if self._heap:
-            earliest = min(earliest, self._heap[0][0])
+        earliest = min((line[0].deadline for line in self._lines.values() if line), default=math.inf)
+        if heap:
+            earliest = min(earliest, heap[0][0])
         if earliest < self._timer_at:
             self._set_timer(earliest)

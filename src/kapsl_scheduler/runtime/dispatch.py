@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -179,7 +180,7 @@ class Dispatch:
             lost = worker.state.lost
             if not lost:
                 self._idle.append(worker)
-                if self.queue.queued:
+                if self.queue.has_work(worker.slot):
                     self.arm()
         if lost:
             worker.wake()  # its thread asks for the engine's health
@@ -191,6 +192,9 @@ class Dispatch:
             outcomes, self._outcomes = self._outcomes, []
             late, self._late = self._late, []
         self._on_outcomes(self, outcomes, late)
+        with self.lock:
+            if self.queue.queued:
+                self.arm()  # a slot may have given way
 
     def take_over(self, item: Pending, *, may_wait: bool) -> None:
         """Queue a request of a dispatch none of whose engines works; one that was in the lost call comes back alone.
@@ -248,11 +252,28 @@ class Dispatch:
     def next(self, worker: Worker) -> Batch | None:
         """The next batch for a slot; None if it is to park."""
         with self.lock:
-            batch = None if self.stopping or worker.state.lost else self.pull(worker, worker.slot)
+            batch: Batch | None = None
+            if self._gives_way():
+                worker.wake_at = math.inf
+                self._idle.append(worker)
+            elif not self.stopping and not worker.state.lost:
+                batch = self.pull(worker, worker.slot)
             late = bool(self._late)
         if late:
             self.record(None)
         return batch
+
+    def _gives_way(self) -> bool:
+        """Whether a slot should let the loop hand out answers before it pulls again: only background work waits, less
+        than a batch of it, and those who hear their answer now may ask for something more urgent, or more of the same.
+        """
+        queue = self.queue
+        return (
+            self._notified
+            and not self.stopping
+            and queue.rows < self.batch_policy.max_batch_size
+            and queue.is_background_only()
+        )
 
     def unpark(self, worker: Worker) -> bool:
         """A slot's wait ran out: whether it may pull. If not, somebody has claimed it and will wake it."""

@@ -61,7 +61,6 @@ class _Phase(enum.Enum):
 # Looking a member up in its enum costs as much as a function call.
 OPEN: Final = _Phase.OPEN
 WAITING: Final = State.WAITING
-DEADLINE: Final = Alarm.DEADLINE
 
 
 class Scheduler:
@@ -480,7 +479,7 @@ class Scheduler:
         self._books.offered += 1
         self._books.open += 1
         if item.timeout is not None:
-            self._deadlines.add(item, item.timeout, DEADLINE)
+            self._deadlines.add_deadline(item, item.timeout)
         if evicted:
             self._books.evicted += self._settlement.fail(evicted, dispatch.queue.evicted())
         elif block_timeout is not None and item.state is WAITING:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from kapsl_scheduler.core.batch import Pending, State
-from kapsl_scheduler.core.latency import LatencyTable
+from kapsl_scheduler.core.latency import Deviation, LatencyTable
 from kapsl_scheduler.types import Priority
 
 __all__ = ["ClassQueue", "Lane", "Slot", "most_urgent"]
@@ -26,14 +26,24 @@ _GARBAGE: Final = 64  # dead entries tolerated beyond the live ones before a con
 class Slot:
     """One engine slot as the queue sees it: who pulls, and what it may be given.
 
-    `engine` is the index that pinned requests name; `calls` and `streams` say which kinds this slot runs.
+    `engine` is the index that pinned requests name; `calls` and `streams` say which kinds this slot runs. `latency` is
+    what the engine's calls take, `delivery` what it takes besides until the callers have their answers.
     """
 
-    __slots__ = ("calls", "engine", "latency", "streams")
+    __slots__ = ("calls", "delivery", "engine", "latency", "streams")
 
-    def __init__(self, engine: int, latency: LatencyTable, *, calls: bool = True, streams: bool = True) -> None:
+    def __init__(
+        self,
+        engine: int,
+        latency: LatencyTable,
+        *,
+        delivery: Deviation | None = None,
+        calls: bool = True,
+        streams: bool = True,
+    ) -> None:
         self.engine = engine
         self.latency = latency
+        self.delivery = delivery or Deviation()
         self.calls = calls
         self.streams = streams
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from kapsl_scheduler.core.batch import Shape
 
-__all__ = ["LatencyModel", "LatencyTable"]
+__all__ = ["Deviation", "LatencyModel", "LatencyTable"]
 
 _SAMPLES: Final = 5  # a median of five shrugs off two outliers
 _TRUSTED: Final = 3  # so few samples may all be a first call's compilation: no request is condemned on them
@@ -119,3 +119,22 @@ class LatencyTable:
         elif len(self._models) > 1:
             self._models.move_to_end(shape)
         return model
+
+
+class Deviation:
+    """A running expectation that is seldom exceeded: the mean and twice the mean deviation, as TCP sets its
+    retransmission timer (Jacobson, "Congestion avoidance and control", 1988). Seconds; 0 before the first sample."""
+
+    __slots__ = ("_deviation", "_mean", "expected")
+
+    def __init__(self) -> None:
+        self._mean = 0.0
+        self._deviation = 0.0
+        self.expected = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Learn from one sample."""
+        error = seconds - self._mean
+        self._mean += error / 8
+        self._deviation += (abs(error) - self._deviation) / 4
+        self.expected = self._mean + 2 * self._deviation

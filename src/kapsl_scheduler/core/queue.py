@@ -383,7 +383,7 @@ class RequestQueue:
     def _alone(self, queue: ClassQueue, now: float, slot: Slot, expired: list[Pending]) -> Batch | None:
         """The next request that came back from a failed call, in a batch of its own."""
         while (item := queue.next_returned(slot)) is not None:
-            if item.deadline < now + slot.latency[item.shape].lower(item.rows, now):
+            if item.deadline < now + slot.delivery.expected + slot.latency[item.shape].lower(item.rows, now):
                 item.state = DONE
                 expired.append(item)
                 continue
@@ -513,8 +513,8 @@ class RequestQueue:
             filling.rows_by_class[queue.priority] += rows
             self._left(queue, taken, rows)
             if one_by_one and taken:
-                tenant = taken[0].tenant
-                cost[tenant] = cost.get(tenant, 0.0) + rows * (self._row_time or _UNMEASURED_ROW)
+                if self._fair:
+                    cost[taken[0].tenant] += rows * (self._row_time or _UNMEASURED_ROW)
                 continue
             head = lane.head()
             if head is None or filling.rows + head.rows > limit or head.deadline >= latest:
@@ -605,4 +605,5 @@ class _Filling:
         """The moment before which the batch will surely not be done, if it takes the lanes' rows up to the limit, and
         those reserved."""
         available = self.rows + sum([lane.rows for lane in lanes])
-        return self.now + self.model.lower(min(limit, available) + self.reserved, self.now)
+        time = self.model.lower(min(limit, available) + self.reserved, self.now)
+        return self.now + time + self.slot.delivery.expected

@@ -19,7 +19,7 @@ from kapsl_scheduler.ports import Clock
 __all__ = ["Alarm", "Deadlines"]
 
 _LINES: Final = 16
-_GARBAGE: Final = 256  # entries of answered requests tolerated before the heap is first swept
+_GARBAGE: Final = 256  # entries of answered requests tolerated in a line or the heap before the first sweep
 
 
 class Alarm(enum.IntEnum):
@@ -67,6 +67,8 @@ class Deadlines:
         line.append(item)
         while line[0].future.done():
             line.popleft()
+        if len(line) > self._sweep_at:  # one that waits long keeps those behind it
+            self._sweep()
         if item.deadline < self._timer_at:
             self._set_timer(item.deadline)
 
@@ -99,7 +101,9 @@ class Deadlines:
     def _sweep(self) -> None:
         self._heap = [entry for entry in self._heap if not entry[3].future.done()]
         heapq.heapify(self._heap)
-        self._sweep_at = 2 * len(self._heap) + _GARBAGE
+        for timeout, line in self._lines.items():
+            self._lines[timeout] = deque(item for item in line if not item.future.done())
+        self._sweep_at = 2 * len(self) + _GARBAGE
 
     def _set_timer(self, when: float) -> None:
         if self._timer is not None:

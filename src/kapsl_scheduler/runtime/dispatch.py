@@ -18,6 +18,7 @@ from typing import Final
 from kapsl_scheduler.core.admission import Admission
 from kapsl_scheduler.core.batch import Batch, BatchPolicy, Layout, Pending
 from kapsl_scheduler.core.lanes import Slot
+from kapsl_scheduler.core.latency import Deviation
 from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy, RequestQueue
 from kapsl_scheduler.errors import Unavailable
 from kapsl_scheduler.ports import Clock, Engine
@@ -57,6 +58,7 @@ class Dispatch:
         self.loop: asyncio.AbstractEventLoop
         self.engines: list[EngineState] = []
         self.workers: list[Worker] = []
+        self.delivery = Deviation()
         self.calls_in_flight = 0
         self.streams_in_flight = 0
         self.longest_loop_call = 0.0
@@ -80,14 +82,17 @@ class Dispatch:
         for state in self.engines:
             kind = TaskWorker if inspect.iscoroutinefunction(state.engine.infer) else ThreadWorker
             streams = state.engine.max_streams
-            slots = [Slot(state.index, state.latency, streams=not streams) for _ in range(workers_per_engine)]
-            slots += [Slot(state.index, state.latency, calls=False) for _ in range(streams)]
+            slots = [self._slot(state, streams=not streams) for _ in range(workers_per_engine)]
+            slots += [self._slot(state, calls=False) for _ in range(streams)]
             self.workers += [kind(self, state, slot, number) for number, slot in enumerate(slots)]
         self.queue.slots = sum(worker.slot.calls for worker in self.workers)
         owners = [worker for worker in self.workers if worker.owns_engine]
         for worker in owners:
             worker.start()
         await _all_done(worker.loaded for worker in owners)
+
+    def _slot(self, state: EngineState, *, calls: bool = True, streams: bool = True) -> Slot:
+        return Slot(state.index, state.latency, delivery=self.delivery, calls=calls, streams=streams)
 
     async def serve(self, admission: Admission) -> None:
         """Measure the engines that may run on the loop's thread, then let the slots pull."""
@@ -192,7 +197,10 @@ class Dispatch:
             outcomes, self._outcomes = self._outcomes, []
             late, self._late = self._late, []
         self._on_outcomes(self, outcomes, late)
+        now = self.clock()
         with self.lock:
+            for outcome in outcomes:
+                self.delivery.observe(now - outcome.batch.started - outcome.elapsed)
             if self.queue.queued:
                 self.arm()  # a slot may have given way
 
@@ -238,8 +246,7 @@ class Dispatch:
         if pull.expired:
             self._late += pull.expired
         if pull.batch is None:
-            worker.wake_at = pull.wake_at
-            self._idle.append(worker)
+            self._park(worker, pull.wake_at)
         else:
             if slot.calls:
                 self.calls_in_flight += 1
@@ -250,12 +257,13 @@ class Dispatch:
         return pull.batch
 
     def next(self, worker: Worker) -> Batch | None:
-        """The next batch for a slot; None if it is to park."""
+        """The next batch for a slot; None if it is to park, or if its engine is lost (then it is not on the idle list:
+        whoever takes a slot off that list will wake it, and a slot that asks for its engine's health is not asleep)."""
         with self.lock:
             batch: Batch | None = None
+            worker.parked = False
             if self._gives_way():
-                worker.wake_at = math.inf
-                self._idle.append(worker)
+                self._park(worker, math.inf)
             elif not self.stopping and not worker.state.lost:
                 batch = self.pull(worker, worker.slot)
             late = bool(self._late)
@@ -263,17 +271,17 @@ class Dispatch:
             self.record(None)
         return batch
 
+    def _park(self, worker: Worker, wake_at: float) -> None:
+        worker.parked = True
+        worker.wake_at = wake_at
+        self._idle.append(worker)
+
     def _gives_way(self) -> bool:
         """Whether a slot should let the loop hand out answers before it pulls again: only background work waits, less
         than a batch of it, and those who hear their answer now may ask for something more urgent, or more of the same.
         """
         queue = self.queue
-        return (
-            self._notified
-            and not self.stopping
-            and queue.rows < self.batch_policy.max_batch_size
-            and queue.is_background_only()
-        )
+        return self._notified and queue.rows < self.batch_policy.max_batch_size and queue.is_background_only()
 
     def unpark(self, worker: Worker) -> bool:
         """A slot's wait ran out: whether it may pull. If not, somebody has claimed it and will wake it."""

@@ -80,11 +80,12 @@ class Worker(abc.ABC):
         self.state = state
         self.slot = slot
         # On the loop's thread only calls run: a stream would block it between its chunks.
-        self.loop_slot = Slot(slot.engine, slot.latency, streams=False)
+        self.loop_slot = Slot(slot.engine, slot.latency, delivery=slot.delivery, streams=False)
         self.name = f"{state.name}.{number}"
         self.owns_engine = number == 0
         self.started = False
         self.wake_at = math.inf
+        self.parked = False  # on the idle list, by its own last look at the queue
         self.running: Batch | None = None
         self.loaded: asyncio.Future[None] = dispatch.loop.create_future()
         self.measured: asyncio.Future[None] = dispatch.loop.create_future()
@@ -223,7 +224,7 @@ class ThreadWorker(Worker):
                 self._probe()
 
     def _park(self) -> None:
-        if self.state.lost:
+        if not self.parked:
             self._probe()
             return
         timeout = self.wake_at - self.dispatch.clock()
@@ -351,7 +352,7 @@ class TaskWorker(Worker):
                 await self._probe()
 
     async def _park(self) -> None:
-        if self.state.lost:
+        if not self.parked:
             await self._probe()
             return
         if self.wake_at == math.inf:

@@ -176,10 +176,11 @@ class Admission:
 
     def _undeclared(self, named: Mapping[str, Any]) -> Admitted:
         """A model that declares no inputs: what came must agree in rows on axis 0, where it is batched at all."""
-        arrays = {name: value if isinstance(value, np.ndarray) else np.asarray(value) for name, value in named.items()}
+        arrays = {name: _any_array(name, value) for name, value in named.items()}
         if not arrays:
             raise InvalidInput("no inputs came, expected at least one array")
-        key = tuple((name, array.dtype.str, array.shape[1:]) for name, array in sorted(arrays.items()))
+        inner = 1 if self.info.batchable else 0
+        key = tuple((name, array.dtype.str, array.shape[inner:]) for name, array in sorted(arrays.items()))
         shape = self._intern(key, batchable=self.info.batchable)
         if not self.info.batchable:
             return arrays, 1, shape, False, _nbytes(arrays)
@@ -219,7 +220,7 @@ def _as_array(spec: TensorSpec, value: Any) -> Array:
         return _converted(spec, value, dtype)
     array = np.asarray(value)
     if spec.dtype == "string" and array.dtype.kind in "OUS":
-        return array.astype(object, copy=False)
+        return _strings(spec, array.astype(object, copy=False))
     if array.dtype != dtype:
         raise InvalidInput(f"input {spec.name!r}: dtype {dtype_name(array.dtype)}, expected {spec.dtype}")
     return array
@@ -228,13 +229,35 @@ def _as_array(spec: TensorSpec, value: Any) -> Array:
 def _converted(spec: TensorSpec, value: Any, dtype: np.dtype[Any]) -> Array:
     try:
         natural = np.asarray(value)
-        if dtype.kind in "iub" and natural.dtype.kind == "f" and natural.size:
+        came = natural.dtype
+        if dtype.kind in "iub" and came.kind == "f" and natural.size:
             raise InvalidInput(f"input {spec.name!r}: fractional numbers came, expected {spec.dtype}")
-        if (dtype.kind == "O") != (natural.dtype.kind in "OUS"):
-            raise InvalidInput(f"input {spec.name!r}: {dtype_name(natural.dtype)} came, expected {spec.dtype}")
-        return np.asarray(value, dtype)
-    except (ValueError, TypeError, OverflowError) as error:
+        if (dtype.kind == "O") != (came.kind in "OUS"):
+            name = "object" if came.kind == "O" else dtype_name(came)
+            raise InvalidInput(f"input {spec.name!r}: {name} came, expected {spec.dtype}")
+        with np.errstate(over="raise"):
+            converted = np.asarray(value, dtype)
+    except (ValueError, TypeError, OverflowError, FloatingPointError) as error:
         raise InvalidInput(f"input {spec.name!r}: not convertible to {spec.dtype}: {error}") from error
+    if dtype.kind == "O":
+        return _strings(spec, converted)
+    if dtype.kind in "iub" and not np.array_equal(natural, converted):
+        raise InvalidInput(f"input {spec.name!r}: numbers outside the range of {spec.dtype} came")
+    return converted
+
+
+def _strings(spec: TensorSpec, array: Array) -> Array:
+    for element in array.ravel():
+        if not isinstance(element, (str, bytes)):
+            raise InvalidInput(f"input {spec.name!r}: {type(element).__name__} came, expected str or bytes")
+    return array
+
+
+def _any_array(name: str, value: Any) -> Array:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise InvalidInput(f"input {name!r}: not convertible to an array: {error}") from error
 
 
 def _check_dimensions(spec: TensorSpec, array: Array, sizes: dict[str, tuple[int, str]]) -> None:
@@ -266,4 +289,11 @@ def _shown(spec: TensorSpec) -> str:
 
 def _nbytes(arrays: Tensors) -> int:
     """Bytes of the inputs; strings count their characters, since an array of objects holds only pointers."""
-    return sum(sum(map(len, array.ravel())) if array.dtype == object else array.nbytes for array in arrays.values())
+    return sum(_characters(array) if array.dtype.kind == "O" else array.nbytes for array in arrays.values())
+
+
+def _characters(array: Array) -> int:
+    return sum(
+        len(element) if isinstance(element, (str, bytes)) else array.itemsize  # undeclared inputs may be anything
+        for element in array.ravel()
+    )

@@ -78,8 +78,9 @@ class State(enum.IntEnum):
     DONE = 5
 
 
-class Pending(msgspec.Struct, eq=False):
-    """One request on its way: the one slotted object that it costs.
+class Pending(msgspec.Struct, eq=False, gc=False):
+    """One request on its way: the one slotted object that it costs. Not watched by the garbage collector: the only
+    cycle that it is part of, by its future and whoever awaits that, ends when the future is resolved.
 
     `bare` says that the caller's arrays lack their batch axis (those of `inputs` may): one row, which goes back without
     it. `deadline` is absolute, infinite if there is none; `timeout`, its distance from the arrival, is None then.
@@ -161,8 +162,8 @@ class Layout:
             # Joining the buffers costs half of what np.concatenate does for small rows.
             try:
                 joined = np.frombuffer(bytearray().join(cast("list[bytes]", arrays)), first.dtype)
-            except BufferError:
-                pass  # an array that is not contiguous
+            except (BufferError, TypeError, ValueError):
+                pass  # an array that is not contiguous; which of these it raises depends on the versions
             else:
                 inner = first.shape if first.ndim < self._ranks.get(name, 0) else first.shape[1:]
                 return joined.reshape(-1, *inner)
@@ -198,7 +199,7 @@ class Layout:
         for name, array in outputs.items():
             axis = axes.get(name, self._UNDECLARED)
             lone = axis is not None and array.ndim > axis and array.shape[axis] == 1
-            plain[name] = array[(slice(None),) * axis + (0,)] if lone and axis is not None else array
+            plain[name] = array[(slice(None),) * axis + (0, ...)] if lone and axis is not None else array
         return plain
 
     def join(self, parts: Sequence[Tensors]) -> dict[str, Array]:
@@ -223,7 +224,7 @@ class Layout:
 def _single_rows(outputs: Tensors, members: Sequence[Pending]) -> list[dict[str, Array]]:
     """The common case, kept tight: one output, one row each, rows on axis 0."""
     ((name, array),) = outputs.items()
-    return [{name: array[i] if member.bare else array[i : i + 1]} for i, member in enumerate(members)]
+    return [{name: array[i, ...] if member.bare else array[i : i + 1]} for i, member in enumerate(members)]
 
 
 def _any_rows(outputs: Tensors, members: Sequence[Pending], axes: Sequence[int | None]) -> Iterable[dict[str, Array]]:
@@ -236,6 +237,6 @@ def _any_rows(outputs: Tensors, members: Sequence[Pending], axes: Sequence[int |
                 part[name] = array
             else:
                 index = start if member.bare else slice(start, stop)
-                part[name] = array[(slice(None),) * axis + (index,)]
+                part[name] = array[(slice(None),) * axis + (index, ...)]  # "...": a view even of no dimensions
         yield part
         start = stop

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from kapsl_scheduler.core.batch import Pending, State
-from kapsl_scheduler.core.latency import Deviation, LatencyTable
+from kapsl_scheduler.core.latency import Deviation, LatencyModel, LatencyTable
 from kapsl_scheduler.types import Priority
 
 __all__ = ["ClassQueue", "Lane", "Slot", "most_urgent"]
@@ -49,6 +49,12 @@ class Slot:
 
     def accepts(self, pin: int | None, *, stream: bool) -> bool:
         return (self.streams if stream else self.calls) and (pin is None or pin == self.engine)
+
+    def answers_by(self, model: LatencyModel, rows: int, now: float) -> float:
+        """The moment before which a call of `rows` rows that starts now will surely not be answered. Where the model
+        condemns nobody, the delivery does not either: one slow delivery would let none pass that could show better."""
+        seconds = model.lower(rows, now)
+        return now + seconds + self.delivery.expected if seconds else now
 
 
 class Lane:
@@ -161,7 +167,7 @@ class Lane:
 class ClassQueue:
     """The requests of one class: its lanes, those returned to run alone, and the order of arrival."""
 
-    __slots__ = ("_arrivals", "_lanes", "_sweep_at", "count", "priority", "returned", "rows", "urged")
+    __slots__ = ("_arrivals", "_lanes", "_latest", "_sweep_at", "count", "priority", "returned", "rows", "urged")
 
     def __init__(self, priority: Priority) -> None:
         self.priority = priority
@@ -170,12 +176,13 @@ class ClassQueue:
         self.returned: deque[Pending] = deque()
         self.urged = float("-inf")  # when more urgent work last arrived: it ends the delay of what was there
         self._lanes: dict[object, Lane] = {}
+        self._latest: Lane | None = None  # where the last request was put
         self._arrivals: deque[Pending] = deque()
         self._sweep_at = _GARBAGE
 
     def push(self, item: Pending) -> None:
         plain = item.tenant is None and item.pin is None and item.stream is None
-        lane = (self._lanes.get(item.shape) if plain else None) or self._lane_of(item)
+        lane = self._latest = (self._lanes.get(item.shape) if plain else None) or self._lane_of(item)
         lane.push(item)
         self.count += 1
         self.rows += item.rows
@@ -196,6 +203,7 @@ class ClassQueue:
 
     def unpin(self, engine: int) -> None:
         """Requests pinned to the engine may run anywhere; they keep their place."""
+        self._latest = None
         for key, lane in list(self._lanes.items()):
             if lane.pin == engine:
                 del self._lanes[key]
@@ -210,10 +218,14 @@ class ClassQueue:
         would look alive here."""
         self.returned.clear()
         self._lanes.clear()
+        self._latest = None
         self._arrivals.clear()
 
     def lanes(self, slot: Slot) -> list[Lane]:
         """The lanes with work that the slot may run."""
+        latest = self._latest
+        if latest is not None and latest.count == self.count:  # mostly there is only one
+            return [latest] if slot.accepts(latest.pin, stream=latest.stream) else []
         return [lane for lane in self._lanes.values() if lane.count and slot.accepts(lane.pin, stream=lane.stream)]
 
     def has_returned(self, slot: Slot) -> bool:

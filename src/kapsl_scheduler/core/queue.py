@@ -140,6 +140,10 @@ class RequestQueue:
         """Rows queued, those waiting for room not among them."""
         return sum(queue.rows for queue in self._classes)
 
+    def has_any(self) -> bool:
+        """Whether anything is queued or returned."""
+        return self.queued > 0 or any([queue.returned for queue in self._classes])
+
     def has_work(self, slot: Slot) -> bool:
         """Whether there is anything that the slot might run, now or after a delay."""
         for queue in self._classes:
@@ -152,7 +156,7 @@ class RequestQueue:
     def is_background_only(self) -> bool:
         """Whether there is work, and all of it is background work that nobody waits to get past."""
         background = self._classes[BACKGROUND]
-        above = any([queue.returned for queue in self._classes])
+        above = any(queue.returned for queue in self._classes)
         return self.queued == background.count > 0 and not above and not self._waiting_count
 
     def drain_time(self) -> float:
@@ -383,7 +387,7 @@ class RequestQueue:
     def _alone(self, queue: ClassQueue, now: float, slot: Slot, expired: list[Pending]) -> Batch | None:
         """The next request that came back from a failed call, in a batch of its own."""
         while (item := queue.next_returned(slot)) is not None:
-            if item.deadline < now + slot.delivery.expected + slot.latency[item.shape].lower(item.rows, now):
+            if item.deadline < slot.answers_by(slot.latency[item.shape], item.rows, now):
                 item.state = DONE
                 expired.append(item)
                 continue
@@ -602,8 +606,7 @@ class _Filling:
         self.model: LatencyModel
 
     def ends_by(self, lanes: list[Lane], limit: int) -> float:
-        """The moment before which the batch will surely not be done, if it takes the lanes' rows up to the limit, and
-        those reserved."""
+        """The moment before which the batch will surely not be answered, if it takes the lanes' rows up to the limit,
+        and those reserved."""
         available = self.rows + sum([lane.rows for lane in lanes])
-        time = self.model.lower(min(limit, available) + self.reserved, self.now)
-        return self.now + time + self.slot.delivery.expected
+        return self.slot.answers_by(self.model, min(limit, available) + self.reserved, self.now)

@@ -167,6 +167,8 @@ class Dispatch:
 
     def _claim_idle(self) -> Worker | None:
         """An idle slot that may run something of what is there, taken off the idle list."""
+        if len(self.workers) == 1:  # then it may run anything
+            return self._idle.pop() if self._idle and self.works and self.queue.has_any() else None
         for index in range(len(self._idle) - 1, -1, -1):
             worker = self._idle[index]
             if not worker.state.lost and self.queue.has_work(worker.slot):
@@ -246,7 +248,8 @@ class Dispatch:
         if pull.expired:
             self._late += pull.expired
         if pull.batch is None:
-            self._park(worker, pull.wake_at)
+            worker.wake_at = pull.wake_at
+            self._idle.append(worker)
         else:
             if slot.calls:
                 self.calls_in_flight += 1
@@ -257,24 +260,23 @@ class Dispatch:
         return pull.batch
 
     def next(self, worker: Worker) -> Batch | None:
-        """The next batch for a slot; None if it is to park, or if its engine is lost (then it is not on the idle list:
-        whoever takes a slot off that list will wake it, and a slot that asks for its engine's health is not asleep)."""
+        """The next batch for a slot. None if it is to park until it is woken; or, `parked` being False, to ask for its
+        lost engine's health: a slot on the idle list is asleep, since whoever takes it off that list wakes it."""
         with self.lock:
             batch: Batch | None = None
-            worker.parked = False
-            if self._gives_way():
-                self._park(worker, math.inf)
-            elif not self.stopping and not worker.state.lost:
+            worker.parked, worker.wake_at = True, math.inf
+            if self.stopping:
+                pass  # `Worker.stop` wakes it
+            elif worker.state.lost:
+                worker.parked = False
+            elif self._gives_way():
+                self._idle.append(worker)
+            else:
                 batch = self.pull(worker, worker.slot)
             late = bool(self._late)
         if late:
             self.record(None)
         return batch
-
-    def _park(self, worker: Worker, wake_at: float) -> None:
-        worker.parked = True
-        worker.wake_at = wake_at
-        self._idle.append(worker)
 
     def _gives_way(self) -> bool:
         """Whether a slot should let the loop hand out answers before it pulls again: only background work waits, less

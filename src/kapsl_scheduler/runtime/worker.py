@@ -85,7 +85,7 @@ class Worker(abc.ABC):
         self.owns_engine = number == 0
         self.started = False
         self.wake_at = math.inf
-        self.parked = False  # on the idle list, by its own last look at the queue
+        self.parked = False  # to wait until it is woken, as its last look at the queue told it
         self.running: Batch | None = None
         self.loaded: asyncio.Future[None] = dispatch.loop.create_future()
         self.measured: asyncio.Future[None] = dispatch.loop.create_future()

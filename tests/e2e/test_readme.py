@@ -32,6 +32,6 @@ async def test_the_first_snippet_answers_a_digit(
 @pytest.mark.slow
 def test_the_program_runs_by_itself() -> None:
     assert len(BLOCKS) == 2
-    done = subprocess.run([sys.executable, "-c", BLOCKS[1]], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", BLOCKS[1]], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("[[2. 2. 2. 2.]] 100 ")

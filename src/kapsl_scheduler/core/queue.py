@@ -142,7 +142,7 @@ class RequestQueue:
 
     def has_any(self) -> bool:
         """Whether anything is queued or returned."""
-        return self.queued > 0 or any([queue.returned for queue in self._classes])
+        return self.queued > 0 or any(queue.returned for queue in self._classes)
 
     def has_work(self, slot: Slot) -> bool:
         """Whether there is anything that the slot might run, now or after a delay."""

@@ -160,9 +160,7 @@ class InferenceRequest:
 
     __slots__ = ("inputs", "metadata", "session_id")
 
-    def __init__(
-        self, inputs: Any, *, session_id: str | None = None, metadata: RequestMetadata | None = None
-    ) -> None:
+    def __init__(self, inputs: Any, *, session_id: str | None = None, metadata: RequestMetadata | None = None) -> None:
         self.inputs = inputs
         self.session_id = session_id
         self.metadata = metadata
@@ -202,6 +200,4 @@ class InferenceResponse(msgspec.Struct, gc=False):
     def copy(self) -> InferenceResponse:
         """The same answer with arrays of its own."""
         outputs = {name: np.copy(array) for name, array in self.outputs.items()}
-        return InferenceResponse(
-            outputs, self.queue_time, self.compute_time, self.batch_rows, self._request_id
-        )
+        return InferenceResponse(outputs, self.queue_time, self.compute_time, self.batch_rows, self._request_id)

@@ -345,9 +345,7 @@ class RequestQueue:
     def _promote_leaders(self, slot: Slot) -> None:
         """Those who wait for room and outrank all that is queued go straight through the full queue into the batch
         that this pull is about to form; the bound holds again before anybody looks."""
-        waiting = next((line for line in self._waiting if line), None)
-        if waiting is None:
-            return
+        waiting = next(line for line in self._waiting if line)
         first = waiting[0]
         priority = first.priority
         outranked = not any(queue.count or queue.returned for queue in self._classes[: priority + 1])

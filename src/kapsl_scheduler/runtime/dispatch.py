@@ -29,7 +29,7 @@ __all__ = ["Dispatch"]
 
 logger = logging.getLogger(__name__)
 
-LOOP_BLOCK_LIMIT: Final = 5e-3
+LOOP_BLOCK_LIMIT: Final = 10e-3
 """Seconds: after one call on the loop's thread above it, the engine keeps to its own thread for good; likewise once
 the median of its last calls is above twice the limit by which warm-up decides. A single call is given more, because its
 wall time includes whatever else was given the processor meanwhile."""
@@ -259,10 +259,14 @@ class Dispatch:
                 other.wake()
         return pull.batch
 
-    def next(self, worker: Worker) -> Batch | None:
-        """The next batch for a slot. None if it is to park until it is woken; or, `parked` being False, to ask for its
-        lost engine's health: a slot on the idle list is asleep, since whoever takes it off that list wakes it."""
+    def next(self, worker: Worker, outcome: Outcome | None) -> Batch | None:
+        """Take a slot's last outcome, and give it its next batch. None if it is to park until it is woken; or, `parked`
+        being False, to ask for its lost engine's health: a slot on the idle list is asleep, since whoever takes it off
+        that list wakes it."""
         with self.lock:
+            if outcome is not None:
+                self._account(outcome)
+                self._outcomes.append(outcome)
             batch: Batch | None = None
             worker.parked, worker.wake_at = True, math.inf
             if self.stopping:
@@ -273,9 +277,12 @@ class Dispatch:
                 self._idle.append(worker)
             else:
                 batch = self.pull(worker, worker.slot)
-            late = bool(self._late)
-        if late:
-            self.record(None)
+            notify = not self._notified and bool(self._outcomes or self._late)
+            self._notified = self._notified or notify
+        if notify:
+            # The last thing before the thread blocks or runs its engine: the loop's thread, once awake, would only wait
+            # for the interpreter.
+            self.loop.call_soon_threadsafe(self._deliver)
         return batch
 
     def _gives_way(self) -> bool:
@@ -283,7 +290,7 @@ class Dispatch:
         than a batch of it, and those who hear their answer now may ask for something more urgent, or more of the same.
         """
         queue = self.queue
-        return self._notified and queue.rows < self.batch_policy.max_batch_size and queue.is_background_only()
+        return bool(self._outcomes) and queue.rows < self.batch_policy.max_batch_size and queue.is_background_only()
 
     def unpark(self, worker: Worker) -> bool:
         """A slot's wait ran out: whether it may pull. If not, somebody has claimed it and will wake it."""
@@ -303,17 +310,6 @@ class Dispatch:
         with self.lock:
             state.lost = False
             self.works = True
-
-    def record(self, outcome: Outcome | None) -> None:
-        """Hand an outcome (None: just the requests found too late) to the loop, in one wake-up for all."""
-        with self.lock:
-            if outcome is not None:
-                self._account(outcome)
-                self._outcomes.append(outcome)
-            notify = not self._notified and (outcome is not None or bool(self._late))
-            self._notified = self._notified or notify
-        if notify:
-            self.loop.call_soon_threadsafe(self._deliver)
 
     def _account(self, outcome: Outcome) -> None:
         batch, elapsed = outcome.batch, outcome.elapsed

@@ -210,18 +210,18 @@ class ThreadWorker(Worker):
         return not self._stopped.is_set()
 
     def _serve(self) -> None:
-        dispatch = self.dispatch
-        while not self._stopped.is_set():
-            batch = dispatch.next(self)
-            if batch is None:
-                self._park()
-                continue
-            outcome = self.run_call(batch) if batch.members[0].stream is None else self._run_stream(batch)
-            if self._abandoned:
+        outcome: Outcome | None = None
+        while True:
+            batch = self.dispatch.next(self, outcome)
+            outcome = None
+            if batch is not None:
+                outcome = self.run_call(batch) if batch.members[0].stream is None else self._run_stream(batch)
+                if self._abandoned:
+                    return
+            elif self._stopped.is_set():
                 return
-            dispatch.record(outcome)
-            if self.state.lost:
-                self._probe()
+            else:
+                self._park()
 
     def _park(self) -> None:
         if not self.parked:
@@ -340,16 +340,16 @@ class TaskWorker(Worker):
         return not self._stopped.is_set()
 
     async def _serve(self) -> None:
-        dispatch = self.dispatch
-        while not self._stopped.is_set():
-            batch = dispatch.next(self)
-            if batch is None:
+        outcome: Outcome | None = None
+        while True:
+            batch = self.dispatch.next(self, outcome)
+            outcome = None
+            if batch is not None:
+                outcome = await self._run(batch)
+            elif self._stopped.is_set():
+                return
+            else:
                 await self._park()
-                continue
-            outcome = await self._run(batch)
-            dispatch.record(outcome)
-            if self.state.lost:
-                await self._probe()
 
     async def _park(self) -> None:
         if not self.parked:

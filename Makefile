@@ -3,9 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SECONDS ?= 20
-RUN_ENV := PYTHONPATH=src
 
-.PHONY: demo serve test check fmt stress bench docs clean
+.PHONY: demo serve test check fmt stress bench clean
 
 demo: $(VENV)/.run  ## the digits model over HTTP, live and throughput traffic at once
 	$(BIN)/kapsl-scheduler demo --seconds $(SECONDS)
@@ -20,7 +19,7 @@ check: $(VENV)/.dev  ## the tests with coverage, and everything else that must h
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/coverage run -m pytest && $(BIN)/coverage report
+	$(BIN)/coverage erase && $(BIN)/coverage run -m pytest && $(BIN)/coverage combine -q && $(BIN)/coverage report
 	$(BIN)/kapsl-scheduler demo --seconds 5
 
 fmt: $(VENV)/.dev

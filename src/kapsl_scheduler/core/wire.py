@@ -160,7 +160,8 @@ def _text(shape: tuple[int, ...], dtype: str, raw: bytes, where: str, faults: li
     except UnicodeDecodeError as error:
         faults.append(f"{where}: expected UTF-8 text for {dtype}: {error}")
         return None
-    array = np.full(shape, text, numpy_dtype(dtype))
+    array = np.empty(shape, numpy_dtype(dtype))
+    array[...] = text  # np.full would strip NULs at its end
     array.flags.writeable = False  # as the arrays of numbers, which are views of the bytes
     return array
 

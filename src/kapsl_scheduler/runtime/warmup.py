@@ -23,9 +23,9 @@ _LONG: Final = 0.01  # seconds
 def longest_call(
     engine: Engine, admission: Admission, latency: LatencyTable, clock: Clock, max_rows: int
 ) -> float | None:
-    """Run zeros of 1, 2, 4, … `max_rows` rows and return the seconds of the slowest size: the fastest of its runs, since
-    what else the machine does only adds time. A size whose first run is long is not run again, and is the last. Every
-    run is entered in `latency`. None if zeros cannot be made, or are not to the engine's taste."""
+    """Run zeros of 1, 2, 4, … `max_rows` rows and return the seconds of the slowest size: the fastest of its runs,
+    since what else the machine does only adds time. A size whose first run is long is not run again, and is the last.
+    Every run is entered in `latency`. None if zeros cannot be made, or are not to the engine's taste."""
     info = admission.info
     if any(spec.dtype == "string" for spec in info.inputs):
         return None

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import re
+import resource
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import uvicorn
 
@@ -24,10 +26,12 @@ from kapsl_scheduler.engines.onnx import OnnxEngine, usable_providers
 from kapsl_scheduler.errors import ModelLoadError
 from kapsl_scheduler.packages import LoadedPackage, load_model
 from kapsl_scheduler.runtime.registry import ModelRegistry
-from kapsl_scheduler.runtime.scheduler import Scheduler
+from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
 from kapsl_scheduler.server.http import HttpApi
 
 __all__ = ["Listening", "serve"]
+
+_log = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _NAMED_PATH: Final = re.compile(r"([\w.-]+)=(.+)")
@@ -35,6 +39,8 @@ _NAMED_PATH: Final = re.compile(r"([\w.-]+)=(.+)")
 _KEEP_ALIVE: Final = 75
 # What a connection may still take, after the drain has failed all requests, to be told so.
 _GOODBYE: Final = 2
+# Files that the process may have open beside a connection for each request in flight: models, idle connections.
+_OTHER_FILES: Final = 1024
 
 
 class Listening(NamedTuple):
@@ -51,51 +57,92 @@ class _Source(NamedTuple):
 
 
 async def serve(config: Config, models: Sequence[str], *, announce: Callable[[Listening], None]) -> None:
-    """Serves models until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
+    """Serves models until SIGTERM or SIGINT, then drains; while they load, a signal ends that too. A second signal
+    ends the process at once.
 
     `models` are paths of packages or model files, `NAME=PATH` to choose a name. `announce` is called once, when
     the server answers. Raises `ModelLoadError`, `ConfigError` for a configured model that is not there, and
     `OSError` for an address that cannot be had.
     """
+    _allow_files(config.server.max_in_flight + _OTHER_FILES)
     with (
+        _first_signal() as stop,
         tempfile.TemporaryDirectory(prefix="kapsl-") as workdir,
         _listen(config.server.host, config.server.port) as listener,
     ):
-        sources = await asyncio.to_thread(_open_all, config, models, Path(workdir))
         async with ModelRegistry(_start) as registry:
-            for source in sources:
-                await registry.load(source.name, source)
-            await _serve_http(config, registry, listener, announce)
+            if await _done_before(stop, _load_all(config, models, Path(workdir), registry)):
+                await _serve_http(config, registry, listener, announce, stop)
 
 
 # ------------------------------------------------------------------------------------------------ models
 
 
-def _open_all(config: Config, models: Sequence[str], workdir: Path) -> list[_Source]:
+async def _load_all(config: Config, models: Sequence[str], workdir: Path, registry: ModelRegistry[_Source]) -> None:
+    for source in await _open_all(config, models, workdir):
+        await registry.load(source.name, source)
+
+
+async def _open_all(config: Config, models: Sequence[str], workdir: Path) -> list[_Source]:
     sources: dict[str, _Source] = {}
     for given in models:
-        named = None if Path(given).exists() else _NAMED_PATH.fullmatch(given)
-        package = load_model(named.group(2) if named else given, workdir=workdir)
-        name = named.group(1) if named else package.manifest.project_name
+        name, package = await _open(given, workdir)
         if name in sources:
             raise ModelLoadError(f"{given}: a model named {name!r} is there already; name this one NAME={given}")
         sources[name] = _Source(name, package, config.for_model(name))
+        for warning in package.warnings:
+            _log.warning("%s: %s", given, warning)
     faults = [unknown_key("models", name, sources) for name in config.models if name not in sources]
     if faults:
         raise ConfigError(faults)
     return list(sources.values())
 
 
+async def _open(given: str, workdir: Path) -> tuple[str, LoadedPackage]:
+    """The name and the package of what was given. Being cancelled waits for the thread that unpacks it, which would
+    go on writing into a directory that is being removed."""
+    opening = asyncio.create_task(asyncio.to_thread(_open_here, given, workdir))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        await asyncio.gather(opening, return_exceptions=True)
+        raise
+
+
+def _open_here(given: str, workdir: Path) -> tuple[str, LoadedPackage]:
+    named = None if Path(given).exists() else _NAMED_PATH.fullmatch(given)
+    package = load_model(named.group(2) if named else given, workdir=workdir)
+    return named.group(1) if named else package.manifest.project_name, package
+
+
+class _PackageScheduler(Scheduler):
+    """Takes what its package was unpacked to along when it closes, so that a model that was replaced leaves no
+    files behind."""
+
+    def __init__(self, source: _Source) -> None:
+        settings = source.settings
+        super().__init__(
+            [_engine(source)],
+            batch=settings.batch_policy(),
+            queue=settings.queue_policy(),
+            workers_per_engine=settings.workers,
+            default_priority=settings.priority(),
+        )
+        self._package = source.package
+
+    async def close(self, drain: float = DRAIN) -> None:
+        try:
+            await super().close(drain)
+        finally:
+            await asyncio.to_thread(self._package.remove)
+
+
 async def _start(source: _Source) -> Scheduler:
-    settings = source.settings
-    scheduler = Scheduler(
-        [_engine(source)],
-        batch=settings.batch_policy(),
-        queue=settings.queue_policy(),
-        workers_per_engine=settings.workers,
-        default_priority=settings.priority(),
-    )
-    return await scheduler.__aenter__()
+    try:
+        return await _PackageScheduler(source).__aenter__()
+    except BaseException:
+        source.package.remove()
+        raise
 
 
 def _engine(source: _Source) -> OnnxEngine:
@@ -147,8 +194,14 @@ async def _serve_http(
     registry: ModelRegistry[_Source],
     listener: socket.socket,
     announce: Callable[[Listening], None],
+    stop: asyncio.Event,
 ) -> None:
-    api = HttpApi(registry, version=_version(), max_body_bytes=config.server.max_body_bytes)
+    api = HttpApi(
+        registry,
+        version=_version(),
+        max_body_bytes=config.server.max_body_bytes,
+        max_in_flight=config.server.max_in_flight,
+    )
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     names = tuple(model.name for model in registry.list())
@@ -162,21 +215,19 @@ async def _serve_http(
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=config.server.max_connections,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=math.ceil(config.server.drain) + _GOODBYE,
         ),
         started=lambda: announce(Listening(url, names)),
     )
-    with _first_signal() as stop:
-        async with asyncio.TaskGroup() as group:
-            serving = group.create_task(server.serve([listener]))
-            await stop.wait()
-            api.draining = True
-            server.should_exit = True
-            await asyncio.wait({serving}, timeout=config.server.drain)
-            # Whoever still waits now hears that the server is closing, not that the connection is gone.
-            await registry.close(0)
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(server.serve([listener]))
+        await stop.wait()
+        api.draining = True
+        server.should_exit = True
+        await asyncio.wait({serving}, timeout=config.server.drain)
+        # Whoever still waits now hears that the server is closing, not that the connection is gone.
+        await registry.close(0)
 
 
 def _version() -> str:
@@ -184,6 +235,30 @@ def _version() -> str:
         return version("kapsl-scheduler")
     except PackageNotFoundError:  # run from a source tree that is not installed
         return "unknown"
+
+
+def _allow_files(number: int) -> None:
+    """Raises the process's limit on open files to `number`, as far as it may: the usual 1024 would leave clients
+    unanswered in the backlog, health probes among them, before any bound of ours is reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+async def _done_before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work was done before the signal, which cancels it. Raises what the work raises."""
+    task = asyncio.create_task(work)
+    signalled = asyncio.create_task(stop.wait())
+    signalled.add_done_callback(lambda _: task.cancel())
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+    finally:
+        signalled.cancel()
+    return not stop.is_set()
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ _HELP: Final[Mapping[str, str]] = {
     "port": "Port to listen on; 0 takes one that is free.",
     "allow_remote": "Allow an address that other machines can reach. There is no authentication yet.",
     "max_body_bytes": "Largest request body.",
-    "max_connections": "Most connections at a time.",
+    "max_in_flight": "Most inference requests at a time, for all models together.",
     "drain": "Seconds that requests in flight have to end after a signal.",
     "max_batch_size": "Most rows in one call of a model.",
     "max_queue_delay": "Seconds that requests below live ones may wait for a batch to fill.",

@@ -40,13 +40,14 @@ class ConfigError(ValueError):
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The process as a whole. `drain` (seconds) is how long work in flight may take after a signal to end;
-    port 0 lets the system choose; bodies are bounded one by one, connections by their number."""
+    port 0 lets the system choose; `max_in_flight` bounds the inference requests of all models together."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
     allow_remote: bool = False
     max_body_bytes: _Count = 64 << 20
-    max_connections: _Count = 1024
+    # Well above a model's queue and those that wait for room in it: a full queue refuses with better advice.
+    max_in_flight: _Count = 4096
     drain: _Seconds = 10.0
 
 

@@ -163,7 +163,7 @@ class NaiveQueue:
             return
         room = first.rows
         if first.batchable and not self.batch.preferred_batch_sizes:
-            room = max(first.rows, self._row_limit(first.priority, first.shape, slot))
+            room = max(first.rows, self._row_limit(first, slot))
         for request in line:
             alike = request is first or (request.may_join(first) and request.priority is first.priority)
             if not alike or not request.may_run_on(slot) or request.rows > room:
@@ -352,25 +352,26 @@ class NaiveQueue:
         """The rows that a batch led by `head` may have: with preferred sizes the largest that is filled."""
         if not head.batchable:
             return head.rows
-        limit = self._row_limit(head.priority, head.shape, slot, within)
+        limit = self._row_limit(head, slot, within)
         waiting = min(limit, rows_of(r for r in self._work(head.priority, slot) if r.may_join(head)))
         return max((size for size in self.batch.preferred_batch_sizes if size <= waiting), default=limit)
 
-    def _row_limit(self, priority: Priority, shape: Shape, slot: Slot, within: float = math.inf) -> int:
-        if priority is Priority.THROUGHPUT and self.batch.max_batch_time is not None:
+    def _row_limit(self, head: Request, slot: Slot, within: float = math.inf) -> int:
+        if head.priority is Priority.THROUGHPUT and self.batch.max_batch_time is not None:
             within = min(within, self.batch.max_batch_time)
-        if priority is Priority.BACKGROUND:
-            within = self.batch.background_slice
+        if head.priority is Priority.BACKGROUND:
+            within = max(self.batch.background_slice, slot.latency[head.shape].upper(head.rows) or 0.0)
         if within == math.inf:
             return self.batch.max_batch_size
-        return slot.latency[shape].rows_within(within, 1, self.batch.max_batch_size)
+        return slot.latency[head.shape].rows_within(within, 1, self.batch.max_batch_size)
 
     # ------------------------------------------------------------------------------------------- after
 
     def finish(self, call: Call, seconds: float) -> None:
         self.ended.append((call, seconds))
         per_row = seconds / call.rows
-        self.row_time += 0.2 * (per_row - self.row_time) if self.row_time else per_row
+        if not call.members[0].stream:
+            self.row_time += 0.2 * (per_row - self.row_time) if self.row_time else per_row
         if self.policy.tenant_fairness:
             for request in call.members:
                 self.cost[request.tenant] += per_row * request.rows

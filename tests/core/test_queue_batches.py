@@ -330,6 +330,13 @@ def test_but_have_never_fewer_rows_than_one_request_whose_time_is_the_bound_then
     assert queue.background_bound == pytest.approx(0.012)
 
 
+def test_rows_that_add_nothing_to_the_time_of_one_request_come_with_it() -> None:
+    queue = queue_of(*several(40, BACKGROUND), background_slice=0.005)
+    slot = slot_of(times={1: 0.008, 16: 0.008, 32: 0.020})
+    assert len(members(queue.pull(0, slot))) == 16
+    assert queue.background_bound == pytest.approx(0.008)
+
+
 def test_an_unmeasured_shape_starts_with_one_row() -> None:
     queue = queue_of(*several(40, BACKGROUND))
     slot = slot_of(times=FLAT, shape=OTHER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from kapsl_scheduler.client import Client
+from kapsl_scheduler.demo.run import PACKAGE
 from kapsl_scheduler.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -22,7 +24,7 @@ from kapsl_scheduler.errors import (
     Unavailable,
 )
 from kapsl_scheduler.types import Priority
-from tests.e2e.process import DIGITS, build_working_model, serving, until, work
+from tests.e2e.process import DIGITS, PATIENCE, build_working_model, serving, start, until, work
 
 pytestmark = pytest.mark.slow
 
@@ -149,6 +151,40 @@ async def test_a_signal_lets_requests_in_flight_end(model: Path, number: signal.
         assert await server.end() == (0, "")
         with pytest.raises(Unavailable):
             await client.models()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_while_models_load_ends_the_process_and_leaves_no_files(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    temporary, slow = tmp_path / "temporary", tmp_path / "slow.aimod"
+    temporary.mkdir()
+    os.mkfifo(slow)  # a package that takes as long to read as the test wants
+    process = await start("serve", "--port", "0", PACKAGE, f"slow={slow}", TMPDIR=str(temporary))
+    async with asyncio.timeout(PATIENCE):
+        writer = await asyncio.to_thread(slow.open, "wb")
+        assert len(list(temporary.glob("kapsl-*/digits-*"))) == 1
+
+        process.send_signal(number)
+        with writer:
+            await asyncio.to_thread(writer.write, PACKAGE.read_bytes())
+        stdout, stderr = await process.communicate()
+
+    assert (process.returncode, stdout, stderr) == (0, b"", b"")
+    assert list(temporary.iterdir()) == []
+
+
+async def test_beyond_the_requests_in_flight_there_is_429_and_health_is_answered(model: Path) -> None:
+    async with serving(model, "--max-in-flight", "1") as server, Client(server.url) as client:
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(client.infer("work", work(1, LONG)))
+            await until(counted(client, "calls_in_flight", 1))
+
+            with pytest.raises(Overloaded, match="1 inference request"):
+                await client.infer("work", work(2, turns=1))
+            assert await client.get("/v2/health/ready") == {"ready": True}
+
+        assert (await running).outputs["y"].item() == 1
 
 
 async def test_who_is_not_done_when_the_drain_is_over_is_told_so(model: Path) -> None:

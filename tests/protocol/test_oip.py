@@ -91,6 +91,15 @@ def test_all_faulty_inputs_are_reported_at_once() -> None:
         decode_request(json.dumps({"inputs": tensors}).encode())
 
 
+@pytest.mark.parametrize("parameter", ["timeout", "priority"])
+@pytest.mark.parametrize("value", [2**63, 10**400])
+def test_a_parameter_beyond_all_measure_is_refused_by_name(parameter: str, value: int) -> None:
+    body = json.dumps({"inputs": [], "parameters": {parameter: value}}).encode()
+
+    with pytest.raises(InvalidInput, match=parameter):
+        decode_request(body)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -103,6 +112,8 @@ def test_all_faulty_inputs_are_reported_at_once() -> None:
         b'{"inputs":[{"name":"x","shape":[1.5],"datatype":"FP32","data":[1]}]}',
         b'{"inputs":[],"parameters":{"priority":-1}}',
         b'{"inputs":[],"parameters":{"timeout":"soon"}}',
+        b'{"inputs":[{"name":"x","shape":[' + b"9" * 5000 + b'],"datatype":"FP32","data":[1]}]}',
+        b'{"inputs":[{"name":"x","shape":[' + b",".join([b"9" * 400] * 16) + b'],"datatype":"FP32","data":[1]}]}',
         b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":' + b"[" * 50_000 + b"]" * 50_000 + b"}]}",
         b'{"inputs":[{"name":"x","shape":[' + b"1," * 100 + b'1],"datatype":"FP32","data":[1]}]}',
     ],

@@ -216,6 +216,9 @@ async def test_metadata_sets_the_class_and_the_timeout_and_keywords_beat_it() ->
         (numbered(1), {"timeout": 0.0}, "timeout"),
         (numbered(1), {"timeout": float("nan")}, "timeout"),
         (numbered(1), {"priority": 9}, "priority"),
+        (numbered(1), {"priority": "urgent"}, "priority"),
+        (numbered(1), {"overflow": "explode"}, "overflow"),
+        (numbered(1), {"block_timeout": -1.0}, "block_timeout"),
         (InferenceRequest(numbered(1), metadata=RequestMetadata(timeout_ms=-1)), {}, "timeout_ms"),
     ],
 )
@@ -299,6 +302,18 @@ async def test_the_overflow_policy_of_a_call_beats_the_queues() -> None:
     assert isinstance(evicted, Overloaded)
     assert "evicted" in str(evicted)
     assert (found.evicted, found.refused) == (1, 0)
+
+
+@virtual
+async def test_class_and_overflow_policy_may_be_given_by_name() -> None:
+    async with virtual_scheduler(slow(), queue=QueuePolicy(max_size=1)) as scheduler:
+        callers = await start(scheduler.infer(numbered(0), priority="throughput"))  # type: ignore[arg-type]
+        callers += await start(scheduler.infer(numbered(1)))
+        kept = await scheduler.infer(numbered(2), overflow="drop_oldest")  # type: ignore[arg-type]
+        await asyncio.gather(*callers, return_exceptions=True)
+        found = scheduler.statistics()
+    assert kept.output[0, 0] == 2
+    assert (found.classes["throughput"].succeeded, found.evicted) == (1, 1)
 
 
 @virtual

@@ -78,6 +78,28 @@ async def test_an_engine_that_cannot_be_loaded_is_named_and_the_others_are_unloa
     assert repr(scheduler) == "<Scheduler closed>"
 
 
+async def test_an_engine_in_a_thread_that_cannot_be_loaded_ends_the_threads_of_the_others() -> None:
+    class Broken(FakeEngine):
+        def load(self) -> None:
+            raise OSError("no such file")
+
+    good = FakeEngine()
+    with pytest.raises(ModelLoadError, match="Broken-1: no such file"):
+        await Scheduler([good, Broken()]).__aenter__()
+    assert (good.loads, good.loaded) == (1, False)
+
+
+@pytest.mark.parametrize("kind", [FakeAsyncEngine, FakeEngine])
+async def test_an_engine_that_cannot_be_unloaded_is_logged(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Clinging(kind):  # type: ignore[misc]
+        def unload(self) -> Any:
+            raise OSError("busy")
+
+    async with Scheduler([Clinging()]):
+        pass
+    assert "Clinging-0.0: unloading the engine failed" in caplog.text
+
+
 @virtual
 async def test_an_engine_error_at_loading_keeps_its_type() -> None:
     with pytest.raises(Backend):
@@ -124,6 +146,18 @@ def test_parameters_are_checked(parameters: dict[str, Any], says: str) -> None:
 def test_at_least_one_engine_is_needed() -> None:
     with pytest.raises(ValueError, match="engines"):
         Scheduler([])
+
+
+@virtual
+async def test_one_engine_may_come_without_a_list() -> None:
+    loop = asyncio.get_running_loop()
+    async with Scheduler(slow(), clock=loop.time) as scheduler:
+        assert (await scheduler.infer(numbered(1))).output[0, 0] == 1
+
+
+def test_what_is_no_engine_is_refused() -> None:
+    with pytest.raises(TypeError, match="CallableEngine"):
+        Scheduler([len])
 
 
 def test_the_model_is_not_known_before() -> None:
@@ -211,6 +245,29 @@ async def test_closing_twice_and_closing_what_was_never_entered_does_nothing() -
 
 
 @virtual
+async def test_a_second_close_cuts_the_drain_short_and_waits_for_the_end() -> None:
+    engine = slow()
+    async with virtual_scheduler(engine, batch=BatchPolicy(max_batch_size=1)) as scheduler:
+        callers = await start(*(scheduler.infer(numbered(n)) for n in range(3)), scheduler.close(drain=100))
+        await scheduler.close(drain=0)
+        assert not engine.loaded
+        assert asyncio.get_running_loop().time() == pytest.approx(0.01)
+        answers = await asyncio.gather(*callers, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [*[Unavailable] * 3, type(None)]
+
+
+@virtual
+async def test_a_second_close_while_the_engines_are_unloaded_waits_for_the_end() -> None:
+    engine = Diary()
+    async with virtual_scheduler(engine) as scheduler:
+        [first] = await start(scheduler.close(drain=100))
+        await asyncio.sleep(0.005)
+        await scheduler.close(drain=0)
+        assert not engine.loaded
+        await first
+
+
+@virtual
 async def test_cancelling_close_cuts_the_drain_short_and_does_the_rest() -> None:
     engine = slow()
     async with virtual_scheduler(engine, batch=BatchPolicy(max_batch_size=1)) as scheduler:
@@ -269,9 +326,10 @@ def test_a_hung_thread_that_outlives_its_loop_ends_in_silence(
 
     async def main() -> None:
         async with Scheduler([engine]) as scheduler:
-            await start(scheduler.infer(numbered(1), timeout=0.01))
+            callers = await start(scheduler.infer(numbered(1)))
             await until_async(lambda: engine.in_flight)
             await scheduler.close(drain=0.0)
+            await asyncio.gather(*callers, return_exceptions=True)
 
     asyncio.run(main())
     caplog.clear()

@@ -10,7 +10,7 @@ import pytest
 
 from kapsl_scheduler import BatchPolicy, QueuePolicy, Scheduler
 from kapsl_scheduler.core.routing import rendezvous
-from kapsl_scheduler.errors import InferenceError, InvalidInput, ModelLoadError, Unavailable
+from kapsl_scheduler.errors import InferenceError, InvalidInput, ModelLoadError, Overloaded, Unavailable
 from kapsl_scheduler.testing import FakeAsyncEngine, FakeEngine, Fault, FaultPlan
 from kapsl_scheduler.types import InferenceResponse
 from tests.runtime.helpers import FIXED_INFO, numbered, session_of, start, until_async, virtual_scheduler
@@ -95,6 +95,46 @@ async def test_without_a_working_engine_everybody_hears_unavailable_at_once() ->
         found = scheduler.statistics()
     assert [type(answer) for answer in answers] == [Unavailable] * 3
     assert (found.failed, found.refused) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", [FakeAsyncEngine, FakeEngine])
+async def test_a_health_check_that_fails_is_logged_and_asked_again(
+    kind: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kapsl_scheduler.runtime.worker.PROBE_FIRST", 0.001)
+
+    class Moody(kind):  # type: ignore[misc]
+        checks = 0
+
+        def health_check(self) -> bool:
+            self.checks += 1
+            if self.checks == 1:
+                raise OSError("who asks?")
+            self.recover()
+            return True
+
+    engine = Moody(faults=FaultPlan(Fault(value=POISON, error=Unavailable)))
+    async with Scheduler([engine]) as scheduler:
+        with pytest.raises(Unavailable):
+            await scheduler.infer(numbered(POISON))
+        await until_async(lambda: scheduler.health().ready)
+        assert (await scheduler.infer(numbered(3))).output[0, 0] == 3
+    assert "Moody-0.0: the health check failed" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [FakeAsyncEngine, FakeEngine])
+async def test_a_slot_that_fails_leaves_its_work_to_others(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A fault of the slot's own, which no engine can cause."""
+    engines = [each(cost=lambda rows: 0.001) for each in (kind, FakeAsyncEngine)]
+    async with Scheduler(engines, batch=BatchPolicy(max_batch_size=1)) as scheduler:
+        [broken, _] = scheduler._main.workers
+        broken.run_call = broken._run = None  # type: ignore[method-assign,union-attr]
+        answers = await asyncio.gather(*(scheduler.infer(numbered(n)) for n in range(8)))
+        found = scheduler.statistics()
+        assert [engine.status for engine in scheduler.health().engines] == ["lost", "ready"]
+    assert [answer.output[0, 0] for answer in answers] == list(range(8))
+    assert (found.succeeded, found.calls_in_flight) == (8, 0)
+    assert "the slot failed" in caplog.text
 
 
 @virtual
@@ -199,6 +239,8 @@ async def test_force_cpu_goes_to_a_lane_of_its_own_that_is_loaded_when_first_ask
         assert not cpu.loaded
         [caller] = await start(scheduler.infer(numbered(1), force_cpu=True))
         assert scheduler.get_queue_depth() == (1, 0)
+        await asyncio.sleep(0.5 * CALL)
+        assert [engine.status for engine in scheduler.health().engines] == ["ready", "ready"]
         await scheduler.infer(numbered(2))
         await caller
         assert scheduler.statistics().slots == 2
@@ -220,7 +262,9 @@ async def test_the_lane_has_the_same_bounds() -> None:
     async with virtual_scheduler(with_cpu(engine_with()), queue=queue) as scheduler:
         await scheduler.infer(numbered(0), force_cpu=True)
         await start(scheduler.infer(numbered(0), force_cpu=True))
-        answers = await scheduler.infer_many([numbered(n) for n in range(4)], force_cpu=True, return_exceptions=True)
+        answers = await asyncio.gather(
+            *(scheduler.infer(numbered(n), force_cpu=True) for n in range(4)), return_exceptions=True
+        )
     assert [isinstance(answer, InferenceResponse) for answer in answers] == [True, True, False, False]
 
 
@@ -311,6 +355,32 @@ async def test_with_fallback_who_waits_for_room_is_not_refused_for_the_loss() ->
         assert scheduler.statistics().waiting == 2
         answers = await asyncio.gather(*callers, return_exceptions=True)
     assert [getattr(answer, "output", np.full((1, 1), -1))[0, 0] for answer in answers] == [0, 1, 2, 3]
+
+
+@virtual
+async def test_with_fallback_whom_the_lane_has_no_room_for_is_told() -> None:
+    cpu = engine_with(Fault(calls={1}, hang=True))
+    engine = with_cpu(cpu, engine_with(Fault(error=Unavailable, failed_checks=10**9)))
+    batch, queue = BatchPolicy(max_batch_size=1), QueuePolicy(max_size=2, max_waiting=0)
+    async with virtual_scheduler(engine, batch=batch, queue=queue, enable_fallback=True) as scheduler:
+        in_lane = await start(scheduler.infer(numbered(0), force_cpu=True))
+        in_lane += await start(*(scheduler.infer(numbered(n), force_cpu=True) for n in (1, 2)))
+        callers = await start(scheduler.infer(numbered(3)))
+        callers += await start(*(scheduler.infer(numbered(n)) for n in (4, 5)))
+        await asyncio.sleep(2 * CALL)
+        cpu.release()
+        answers = await asyncio.gather(*in_lane, *callers, return_exceptions=True)
+        found = scheduler.statistics()
+    assert [type(answer) for answer in answers] == [*[InferenceResponse] * 4, Overloaded, Overloaded]
+    assert (found.succeeded, found.failed) == (4, 2)  # who was in the lost call needs no room
+
+
+@virtual
+async def test_fallback_that_cannot_be_loaded_is_told_when_entering() -> None:
+    engine = with_cpu(LoadFailsOnce())
+    with pytest.raises(ModelLoadError, match="no memory"):
+        await virtual_scheduler(engine, enable_fallback=True).__aenter__()
+    assert not engine.loaded
 
 
 @virtual

@@ -103,6 +103,12 @@ def test_a_percentile_is_right_to_within_a_bucket(percent: float, expected: floa
     assert histogram.percentile(percent) == pytest.approx(expected, rel=0.2)
 
 
+def test_what_is_beyond_the_buckets_counts_as_the_last() -> None:
+    histogram = Histogram()
+    histogram.extend([1e6])
+    assert histogram.percentile(50) == pytest.approx(140, rel=0.25)
+
+
 def test_there_is_no_percentile_of_nothing() -> None:
     assert Histogram().percentile(50) is None
 

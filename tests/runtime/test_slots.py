@@ -7,12 +7,13 @@ import threading
 import time
 from typing import Any
 
+import msgspec
 import pytest
 
 from kapsl_scheduler import BatchPolicy, Priority, Scheduler
 from kapsl_scheduler.errors import InferenceError
-from kapsl_scheduler.testing import FakeEngine, Fault, FaultPlan, VirtualClock
-from kapsl_scheduler.types import Tensors
+from kapsl_scheduler.testing import FakeAsyncEngine, FakeEngine, Fault, FaultPlan, VirtualClock
+from kapsl_scheduler.types import Tensors, TensorSpec
 from tests.runtime.helpers import FIXED_INFO, numbered, until_async
 
 
@@ -64,6 +65,17 @@ async def test_each_slot_of_an_engine_has_a_thread_of_its_own() -> None:
         engine.release()
         await asyncio.gather(*callers)
     assert engine.loads == 1
+
+
+async def test_engines_of_both_kinds_serve_one_queue() -> None:
+    """A slot in a thread wakes one that is a task of the loop, and the other way round."""
+    engines = [FakeEngine(), FakeAsyncEngine()]
+    async with Scheduler(engines, batch=BatchPolicy(max_batch_size=1)) as scheduler, asyncio.timeout(5):
+        for burst in range(20):
+            numbers = range(10 * burst, 10 * burst + 10)
+            answers = await asyncio.gather(*(scheduler.infer(numbered(n)) for n in numbers))
+            assert [answer.output[0, 0] for answer in answers] == list(numbers)
+    assert all(engine.calls for engine in engines)
 
 
 async def test_work_that_is_held_back_is_run_when_its_delay_is_over() -> None:
@@ -139,6 +151,23 @@ async def test_a_model_without_fixed_shapes_cannot_be_measured_and_keeps_to_its_
     engine.bounded_call = True
     async with Scheduler([engine]) as scheduler:
         assert HERE() not in await infer_in_turn(scheduler, engine)
+
+
+async def test_a_model_of_strings_cannot_be_measured_and_keeps_to_its_thread() -> None:
+    spec = TensorSpec("x", "string", ("batch", 2), 0)
+    engine = Threads(info=msgspec.structs.replace(FIXED_INFO, inputs=(spec,), outputs=(spec,)))
+    engine.bounded_call = True
+    async with Scheduler([engine]) as scheduler:
+        await scheduler.infer([["a", "b"]])
+    assert HERE() not in engine.seen["infer"]
+    assert len(engine.calls) == 1
+
+
+async def test_a_slow_engine_is_not_measured_for_long() -> None:
+    clock = VirtualClock()
+    engine = bounded(clock, 0.5)
+    async with Scheduler([engine], clock=clock):
+        assert len(engine.calls) == 1
 
 
 async def test_after_one_long_call_the_engine_leaves_the_loops_thread_for_good() -> None:

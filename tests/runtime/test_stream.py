@@ -260,10 +260,11 @@ async def test_max_streams_run_beside_the_calls_and_do_not_count_as_calls() -> N
     engine.max_streams = 2
     async with virtual_scheduler(engine) as scheduler:
         readers = await start(*(read(scheduler) for _ in range(3)))
+        await asyncio.sleep(0.1 * CHUNK)
         found = scheduler.statistics()
         assert (found.calls_in_flight, found.streams_in_flight, found.slots, found.queued) == (0, 2, 1, 1)
         await scheduler.infer(numbered(1))
-        assert asyncio.get_running_loop().time() == 0.0
+        assert asyncio.get_running_loop().time() == 0.1 * CHUNK
         await asyncio.gather(*readers)
         assert asyncio.get_running_loop().time() == pytest.approx(10 * CHUNK)
 
@@ -332,6 +333,17 @@ async def test_closing_early_closes_the_generator_in_its_thread() -> None:
                 break
         assert (await scheduler.infer_many([]), scheduler.statistics().cancelled) == ([], 1)
         await until_async(generator.closed.is_set)
+
+
+async def test_a_stalled_reader_loses_a_generator_in_a_thread_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kapsl_scheduler.runtime.stream.STREAM_STALL", 0.01)
+    generator = Generator(10**9)
+    async with Scheduler([engine_of(generator)]) as scheduler:
+        stream = scheduler.infer_stream(numbered(0))
+        await anext(stream)
+        await until_async(generator.closed.is_set)
+        with pytest.raises(Overloaded, match="unread"):
+            await read_into([], stream)
 
 
 async def test_the_timeout_ends_a_generator_that_waits_for_room() -> None:

@@ -168,6 +168,23 @@ def test_closing_twice_and_from_two_threads_does_nothing_more() -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
+def test_a_second_close_cuts_the_drain_of_the_first_short() -> None:
+    engine = hanging()
+    with SyncScheduler([engine]) as scheduler:
+        future = scheduler.submit(numbered(1))
+        until(lambda: engine.in_flight)
+        first = threading.Thread(target=scheduler.close, args=(60.0,))
+        first.start()
+        until(lambda: scheduler.health().status == "closing")
+        second = threading.Thread(target=scheduler.close, args=(0.0,))
+        second.start()
+        assert isinstance(future.exception(5), Unavailable)
+        engine.release()
+        for thread in (first, second):
+            thread.join(5)
+            assert not thread.is_alive()
+
+
 def test_calls_after_the_end_are_unavailable() -> None:
     with SyncScheduler([FakeEngine()]) as scheduler:
         pass

@@ -28,6 +28,7 @@ def test_defaults_are_loopback_and_refuse_when_full() -> None:
 
     assert config == Config()
     assert (config.server.host, config.server.port) == ("127.0.0.1", 8080)
+    assert config.server.max_in_flight > config.model.max_queue_size + config.model.max_waiting
     assert config.model.queue_policy() == QueuePolicy(overflow=QueueOverflowPolicy.DROP_NEWEST)
     assert config.model.batch_policy() == BatchPolicy()
     assert config.model.priority() is Priority.LATENCY_CRITICAL

@@ -58,10 +58,10 @@ async def double(x: Any) -> Any:
 class Server:
     """The application over one model named `m`, and a client of it."""
 
-    def __init__(self, registry: ModelRegistry[Function], scheduler: Scheduler, max_body_bytes: int) -> None:
+    def __init__(self, registry: ModelRegistry[Function], scheduler: Scheduler, **limits: int) -> None:
         self.registry = registry
         self.scheduler = scheduler
-        self.api = HttpApi(registry, version="1.2.3", max_body_bytes=max_body_bytes)
+        self.api = HttpApi(registry, version="1.2.3", **limits)
         transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
 
@@ -75,7 +75,9 @@ def body_of(data: Any = (1, 2), **keys: Any) -> bytes:
 
 
 @asynccontextmanager
-async def serving(function: Function = double, *, max_body_bytes: int = 10_000, **policy: Any) -> AsyncIterator[Server]:
+async def serving(
+    function: Function = double, *, max_body_bytes: int = 10_000, max_in_flight: int = 4096, **policy: Any
+) -> AsyncIterator[Server]:
     schedulers = []
 
     async def start(function: Function) -> Scheduler:
@@ -92,7 +94,7 @@ async def serving(function: Function = double, *, max_body_bytes: int = 10_000, 
 
     async with ModelRegistry(start) as registry:
         await registry.load("m", function)
-        server = Server(registry, schedulers[0], max_body_bytes)
+        server = Server(registry, schedulers[0], max_body_bytes=max_body_bytes, max_in_flight=max_in_flight)
         async with server.client:
             yield server
 
@@ -211,6 +213,8 @@ def test_the_table_above_knows_every_error_of_the_tree() -> None:
         ([1], {}, "input 'x': data has 1 elements, expected 2"),
         ([1, 2], {"outputs": [{"name": "z"}]}, "output 'z' was asked for, expected one of 'y'"),
         ([1, 2], {"parameters": {"priority": "high"}}, "priority"),
+        ([1, 2], {"parameters": {"priority": 10**400}}, "priority"),
+        ([1, 2], {"parameters": {"timeout": 10**400}}, "timeout"),
         ([1, 2], {"inputs": [{"name": "w", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}, "'w'"),
         ([1, 2], {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "INT8", "data": [1, 2]}]}, "float32"),
     ],
@@ -221,6 +225,14 @@ async def test_400(data: Any, keys: dict[str, Any], said: str) -> None:
 
         assert said in assert_error(response, 400, "invalid_input")
         assert server.scheduler.statistics().calls == 0
+
+
+async def test_400_for_more_rows_than_a_batch_may_have_names_the_limit() -> None:
+    tensor = {"name": "x", "shape": [33, 2], "datatype": "FP32", "data": [0] * 66}
+    async with serving() as server:
+        message = assert_error(await server.infer(inputs=[tensor]), 400, "invalid_input")
+
+    assert message == "the request has 33 rows, expected at most 32 (max_batch_size)"
 
 
 async def test_404_names_what_is_loaded() -> None:
@@ -283,6 +295,34 @@ async def test_429_with_retry_after_when_the_queue_is_full() -> None:
         assert refused.json()["retry_after"] >= 0
         gate.open.set()
         assert [(await running).status_code, (await queued).status_code] == [200, 200]
+
+
+async def test_429_beyond_the_requests_in_flight_while_health_and_metadata_are_answered() -> None:
+    gate = Gate()
+    async with serving(gate, max_in_flight=2) as server, asyncio.TaskGroup() as group:
+        body_arrives = asyncio.Event()
+        leaving = group.create_task(
+            exchange(server.api, [{"type": "http.request", "body": b"{", "more_body": True}], gone=body_arrives.wait())
+        )
+        running = group.create_task(server.infer())
+        await gate.entered.wait()
+
+        refused = await server.infer()
+        others = [
+            await server.client.get(path) for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/m", "/v2")
+        ]
+        stats = (await server.client.get("/v2/models/m/stats")).json()["model_stats"][0]
+        body_arrives.set()
+        await leaving
+        gate.open.set()
+        room_again = await server.infer()
+
+        assert "2 inference requests" in assert_error(refused, 429, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert {answer.status_code for answer in others} == {200}
+        assert stats["answers"] == {"429": 1}
+        assert stats["scheduler"]["offered"] == 1
+        assert [room_again.status_code, (await running).status_code] == [200, 200]
 
 
 async def test_503_with_retry_after_when_the_scheduler_is_closed() -> None:

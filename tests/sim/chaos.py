@@ -181,7 +181,7 @@ class Chaos:
         rng = self.rng
         kind = rng.random()
         if kind < 0.04:
-            group = [self._caller() for _ in range(rng.randrange(1, 6))]
+            group = [self._caller() for _ in range(rng.randrange(1, 12))]
             self._spawn(self._call_many(group))
             return len(group)
         caller = self._caller()

@@ -55,9 +55,12 @@ def determine_priority(profile: RequestProfile) -> Priority:
 
 def check_timeout(name: str, seconds: float) -> float:
     """Seconds that are a sensible limit. Raises `InvalidInput`."""
-    if not seconds > 0:
-        raise InvalidInput(f"{name}: expected more than 0 seconds, got {seconds!r}")
-    return seconds
+    try:
+        if seconds > 0:
+            return seconds
+    except TypeError:
+        pass  # no number
+    raise InvalidInput(f"{name}: expected more than 0 seconds, got {seconds!r}")
 
 
 Admitted = tuple[dict[str, Array], int, Shape, bool, int]
@@ -92,10 +95,7 @@ class Admission:
                 return {only.name: inputs}, shape[0], only.shape, False, only.nbytes * shape[0]
         admitted = self.normalise(inputs)
         if admitted[1] > self.max_rows:
-            raise InvalidInput(
-                f"the request has {admitted[1]} rows, expected at most {self.max_rows} (max_batch_size); "
-                "infer_many splits larger requests"
-            )
+            raise InvalidInput(f"the request has {admitted[1]} rows, expected at most {self.max_rows} (max_batch_size)")
         return admitted
 
     def normalise(self, inputs: Any) -> Admitted:

@@ -78,9 +78,8 @@ class State(enum.IntEnum):
     DONE = 5
 
 
-class Pending(msgspec.Struct, eq=False, gc=False):
-    """One request on its way: the one slotted object that it costs. Not watched by the garbage collector: the only
-    cycle that it is part of, by its future and whoever awaits that, ends when the future is resolved.
+class Pending(msgspec.Struct, eq=False):
+    """One request on its way: the one slotted object that it costs.
 
     `bare` says that the caller's arrays lack their batch axis (those of `inputs` may): one row, which goes back without
     it. `deadline` is absolute, infinite if there is none; `timeout`, its distance from the arrival, is None then.

@@ -197,9 +197,15 @@ class ClassQueue:
 
     def discard(self, item: Pending) -> None:
         """Account for a queued request that leaves from anywhere; its state no longer says QUEUED."""
-        self.count -= 1
-        self.rows -= item.rows
         item.lane.discard(item)
+        self.left(1, item.rows)
+
+    def left(self, count: int, rows: int) -> None:
+        """Account for requests that have left their lane."""
+        self.count -= count
+        self.rows -= rows
+        if not self.count:
+            self._arrivals.clear()  # else the last burst would be held until the next request
 
     def unpin(self, engine: int) -> None:
         """Requests pinned to the engine may run anywhere; they keep their place."""

@@ -70,6 +70,8 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
     tenant_fairness: bool = False
 
     def __post_init__(self) -> None:
+        # A policy may be given by its value, as in "block".
+        msgspec.structs.force_setattr(self, "overflow", QueueOverflowPolicy(self.overflow))
         if self.max_size < 1:
             raise ValueError(f"max_size: expected at least 1, got {self.max_size}")
         if self.max_bytes is not None and self.max_bytes < 1:
@@ -335,7 +337,8 @@ class RequestQueue:
     def finish(self, batch: Batch, elapsed: float, now: float) -> None:
         """A call ended after `elapsed` seconds of engine time: the shares' and the tenants' accounts."""
         per_row = elapsed / batch.rows
-        self._row_time += 0.2 * (per_row - self._row_time) if self._row_time else per_row
+        if batch.members[0].stream is None:  # a stream takes the time that its reader takes
+            self._row_time += 0.2 * (per_row - self._row_time) if self._row_time else per_row
         if batch.backlog[1] or batch.backlog[2] or batch.rows_by_class[LIVE] != batch.rows:
             self._shares.record(now, [per_row * rows for rows in batch.rows_by_class], batch.backlog)
         if self._fair:
@@ -353,7 +356,7 @@ class RequestQueue:
             return
         limit = 0
         if first.shape.batchable and first.stream is None and not self.batch_policy.preferred_batch_sizes:
-            limit = self._row_limit(priority, slot.latency[first.shape])
+            limit = self._row_limit(priority, slot.latency[first.shape], first.rows)
         rows = 0
         while waiting and (rows == 0 or rows + waiting[0].rows <= limit):
             item = waiting[0]
@@ -464,7 +467,7 @@ class RequestQueue:
             self._ride(filling, queue, lane, limit)
         if queue.priority is BACKGROUND:
             predicted = filling.model.upper(filling.rows) or 0.0
-            self.background_bound = max(self.batch_policy.background_slice, predicted)
+            self.background_bound = max(self.background_bound, predicted)
         return self._batch(filling, queue.priority, lane.shape)
 
     def _limit(self, queue: ClassQueue, lane: Lane, filling: _Filling, within: float = math.inf) -> int:
@@ -472,16 +475,17 @@ class RequestQueue:
         own = lane.first().rows
         if lane.stream or not lane.shape.batchable:
             return own
-        limit = self._row_limit(queue.priority, filling.model, within)
+        limit = self._row_limit(queue.priority, filling.model, own, within)
         if self.batch_policy.preferred_batch_sizes:
             limit = self._preferred(limit, self._alike(queue, lane, filling.slot))
         return max(limit, own)
 
-    def _row_limit(self, priority: Priority, model: LatencyModel, within: float = math.inf) -> int:
-        """The most rows that a batch led by the class may have, its leader's aside."""
+    def _row_limit(self, priority: Priority, model: LatencyModel, own: int, within: float = math.inf) -> int:
+        """The most rows that a batch led by the class may have, its leader's `own` aside. Where the leader alone is
+        beyond the background slice, rows that add nothing to its time may come with it: the bound stays what it is."""
         policy = self.batch_policy
         if priority is BACKGROUND:
-            within = policy.background_slice
+            within = max(policy.background_slice, model.upper(own) or 0.0)
         elif priority is THROUGHPUT:
             within = min(within, policy.max_batch_time or math.inf)
         if within == math.inf:
@@ -529,8 +533,7 @@ class RequestQueue:
 
     def _left(self, queue: ClassQueue, items: Sequence[Pending], rows: int) -> None:
         """Account for requests that have just been taken out of their lane."""
-        queue.count -= len(items)
-        queue.rows -= rows
+        queue.left(len(items), rows)
         self.queued -= len(items)
         self.queued_bytes -= sum([item.nbytes for item in items])
         if self._fair:

@@ -12,8 +12,8 @@ import inspect
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
 
 from kapsl_scheduler.core.admission import Admission
 from kapsl_scheduler.core.batch import Batch, BatchPolicy, Layout, Pending
@@ -35,11 +35,21 @@ the median of its last calls is above twice the limit by which warm-up decides. 
 wall time includes whatever else was given the processor meanwhile."""
 
 
+class Listener(Protocol):
+    """Who is told, on the loop's thread, what became of the calls."""
+
+    def settle(self, dispatch: Dispatch, outcomes: Sequence[Outcome], late: Sequence[Pending]) -> None:
+        """Calls have ended, and requests were found too late for theirs."""
+
+    def lost(self, dispatch: Dispatch, engine: int) -> None:
+        """A slot of the engine has failed, and the engine is not used any more."""
+
+
 class Dispatch:
     """A queue, its lock, and the slots that pull from it.
 
-    `on_outcomes` is called on the loop with the outcomes of calls and with the requests that were found too late, in
-    one wake-up for all that ended since the last.
+    `listener` is told on the loop of the outcomes of calls and of the requests that were found too late, in one wake-up
+    for all that ended since the last.
     """
 
     def __init__(
@@ -47,7 +57,7 @@ class Dispatch:
         batch: BatchPolicy,
         queue: QueuePolicy,
         clock: Clock,
-        on_outcomes: Callable[[Dispatch, list[Outcome], list[Pending]], None],
+        listener: Listener,
     ) -> None:
         self.batch_policy = batch
         self.queue = RequestQueue(batch, queue)
@@ -65,7 +75,7 @@ class Dispatch:
         self.stopping = False
         self.works = True
         """Whether there is an engine that is not lost. True before they are loaded: the queue takes requests then."""
-        self._on_outcomes = on_outcomes
+        self._listener = listener
         self._idle: list[Worker] = []
         self._armed = False
         self._outcomes: list[Outcome] = []
@@ -116,7 +126,8 @@ class Dispatch:
             self.stopping = True
             self._idle.clear()
             waiting, admitted = self.queue.clear()
-        return waiting, admitted + self.running()
+            running = self.running()
+        return waiting, admitted + running
 
     async def stop(self, patience: float) -> list[str]:
         """End the slots and unload the engines. A slot whose call does not end within `patience` seconds is left
@@ -179,7 +190,7 @@ class Dispatch:
         outcome = worker.run_call(batch)
         self.longest_loop_call = max(self.longest_loop_call, outcome.elapsed)
         with self.lock:
-            self._account(outcome)
+            self._account(worker, outcome)
             if outcome.elapsed > 2 * LOOP_CALL_LIMIT:
                 usual = worker.state.latency[batch.shape].upper(batch.rows) or 0.0
                 worker.state.on_loop = outcome.elapsed <= LOOP_BLOCK_LIMIT and usual <= 2 * LOOP_CALL_LIMIT
@@ -191,14 +202,14 @@ class Dispatch:
                     self.arm()
         if lost:
             worker.wake()  # its thread asks for the engine's health
-        self._on_outcomes(self, [outcome], late)
+        self._listener.settle(self, [outcome], late)
 
     def _deliver(self) -> None:
         with self.lock:
             self._notified = False
             outcomes, self._outcomes = self._outcomes, []
             late, self._late = self._late, []
-        self._on_outcomes(self, outcomes, late)
+        self._listener.settle(self, outcomes, late)
         now = self.clock()
         with self.lock:
             for outcome in outcomes:
@@ -228,17 +239,16 @@ class Dispatch:
     def health(self) -> list[EngineHealth]:
         """Each engine: loading, ready, stuck or lost."""
         now = self.clock()
-        found = []
-        for state in self.engines:
-            slots = [worker for worker in self.workers if worker.state is state]
-            if not state.ready:
-                status = "loading"
-            elif state.lost:
-                status = "lost"
-            else:
-                status = "stuck" if any(worker.is_stuck(now) for worker in slots) else "ready"
-            found.append(EngineHealth(state.name, status))
-        return found
+        with self.lock:
+            return [EngineHealth(state.name, self._status(state, now)) for state in self.engines]
+
+    def _status(self, state: EngineState, now: float) -> str:
+        if not state.ready:
+            return "loading"
+        if state.lost:
+            return "lost"
+        stuck = any(worker.is_stuck(now) for worker in self.workers if worker.state is state)
+        return "stuck" if stuck else "ready"
 
     # ------------------------------------------------------------------------------ the slots' side
 
@@ -251,6 +261,7 @@ class Dispatch:
             worker.wake_at = pull.wake_at
             self._idle.append(worker)
         else:
+            worker.running = pull.batch
             if slot.calls:
                 self.calls_in_flight += 1
             else:
@@ -265,7 +276,7 @@ class Dispatch:
         that list wakes it."""
         with self.lock:
             if outcome is not None:
-                self._account(outcome)
+                self._account(worker, outcome)
                 self._outcomes.append(outcome)
             batch: Batch | None = None
             worker.parked, worker.wake_at = True, math.inf
@@ -300,10 +311,18 @@ class Dispatch:
                 return True
             return False
 
-    def lose(self, state: EngineState) -> None:
-        """A slot of the engine has ended by a failure of its own: nothing goes there any more."""
+    def fail(self, worker: Worker) -> None:
+        """A slot has ended by a failure of its own, not its engine's: what it had comes back as from a lost engine."""
         with self.lock:
-            self._lose(state)
+            self._lose(worker.state)
+            if worker.running is not None:
+                outcome = Outcome(worker.state, worker.running)
+                outcome.error = Unavailable(f"{worker.name}: the slot failed")
+                outcome.ended = self.clock()
+                self._account(worker, outcome)
+                self._outcomes.append(outcome)
+        self.loop.call_soon_threadsafe(self._deliver)
+        self.loop.call_soon_threadsafe(self._listener.lost, self, worker.state.index)
 
     def recovered(self, state: EngineState) -> None:
         """A lost engine works again: its slots pull."""
@@ -311,17 +330,17 @@ class Dispatch:
             state.lost = False
             self.works = True
 
-    def _account(self, outcome: Outcome) -> None:
+    def _account(self, worker: Worker, outcome: Outcome) -> None:
         batch, elapsed = outcome.batch, outcome.elapsed
-        stream = batch.members[0].stream is not None
-        if stream and outcome.state.engine.max_streams:
-            self.streams_in_flight -= 1
-        else:
-            self.calls_in_flight -= 1
+        worker.running = None
         if isinstance(outcome.error, Unavailable):
             self._lose(outcome.state)
+        if not worker.slot.calls:  # a stream beside the calls takes none of their time
+            self.streams_in_flight -= 1
+            return
+        self.calls_in_flight -= 1
         self.queue.finish(batch, elapsed, outcome.ended)
-        if outcome.error is None and not stream:
+        if outcome.error is None and batch.members[0].stream is None:
             outcome.state.latency[batch.shape].observe(batch.rows, elapsed, outcome.ended)
 
     def _lose(self, state: EngineState) -> None:

@@ -177,7 +177,7 @@ class SchedulerStatistics(msgspec.Struct, frozen=True):
 
 
 class EngineHealth(msgspec.Struct, frozen=True):
-    """`status`: loading, ready, stuck (a call runs far beyond its time and keeps its slot) or lost."""
+    """`status`: loading, ready, stuck (a call runs far beyond its time and keeps its slot), lost or unloaded."""
 
     name: str
     status: str

@@ -32,7 +32,7 @@ from kapsl_scheduler.errors import (
 from kapsl_scheduler.ports import Clock, Engine, Observer
 from kapsl_scheduler.runtime.deadlines import Alarm, Deadlines
 from kapsl_scheduler.runtime.dispatch import Dispatch
-from kapsl_scheduler.runtime.metrics import SchedulerHealth, SchedulerStatistics
+from kapsl_scheduler.runtime.metrics import EngineHealth, SchedulerHealth, SchedulerStatistics
 from kapsl_scheduler.runtime.settlement import Settlement, report
 from kapsl_scheduler.runtime.stream import StreamChannel
 from kapsl_scheduler.runtime.worker import PROBE_FIRST
@@ -89,9 +89,13 @@ class Scheduler:
         clock: Clock = time.monotonic,
         observer: Observer | None = None,
     ) -> None:
-        self._engines: tuple[Engine, ...] = tuple(engines)
+        several: Any = (engines,) if hasattr(engines, "infer") else engines
+        self._engines: tuple[Engine, ...] = tuple(several)
         if not self._engines:
             raise ValueError("engines: expected at least one")
+        for engine in self._engines:
+            if not hasattr(engine, "infer"):
+                raise TypeError(f"engines: {engine!r} is no engine; CallableEngine makes one of a function")
         for name, number in (("workers_per_engine", workers_per_engine), ("cpu_workers", cpu_workers)):
             if number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
@@ -105,13 +109,15 @@ class Scheduler:
         self._phase = _Phase.NEW
         self._settlement = Settlement(clock, observer, self._refuge)
         self._books = self._settlement.books
-        self._main = Dispatch(self._batch, self._queue, clock, self._settlement.settle)
+        self._main = Dispatch(self._batch, self._queue, clock, self._settlement)
         self._cpu: Dispatch | None = None
         self._cpu_start: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._thread = 0
         self._admission: Admission
         self._deadlines: Deadlines
+        self._drain: asyncio.Timeout | None = None  # while `close` lets requests end
+        self._closed = asyncio.Event()
 
     def __repr__(self) -> str:
         if self._phase is not OPEN:
@@ -158,22 +164,34 @@ class Scheduler:
         `Unavailable`, stop the slots and unload the engines.
 
         A slot whose call hangs is left behind and named in the log. Closing what is closed, or never was entered, does
-        nothing. Cancelling it cuts the drain short; the rest is done all the same.
+        nothing; closing while another closes waits for it, and shortens its drain if this one is shorter. Cancelling it
+        cuts the drain short; the rest is done all the same.
         """
-        if self._phase is not OPEN:
+        if self._phase in (_Phase.NEW, _Phase.CLOSED):
+            return
+        self._check_loop()
+        until = self._loop.time() + drain
+        if self._phase is _Phase.CLOSING:
+            drain_timer = self._drain
+            if drain_timer is not None and until < (drain_timer.when() or math.inf) and not drain_timer.expired():
+                drain_timer.reschedule(until)
+            await self._closed.wait()
             return
         self._phase = _Phase.CLOSING
+        drain_timer = self._drain = asyncio.timeout_at(until)
         try:
-            if drain > 0:
-                async with asyncio.timeout(drain):
+            async with drain_timer:
+                if drain > 0:
                     await self._settlement.drained()
         except TimeoutError:
             pass
         finally:
+            self._drain = None
             self._fail_all(Unavailable("the scheduler was closed before the request was answered"))
             self._deadlines.close()
             await self._stop()
             self._phase = _Phase.CLOSED
+            self._closed.set()
 
     async def _stop(self) -> None:
         if self._cpu_start is not None:
@@ -194,7 +212,7 @@ class Scheduler:
                 raise InvalidInput("force_cpu: the engine has no variant for the CPU")
             if engine in self._engines:
                 return self._main
-            self._cpu = Dispatch(self._batch, self._queue, self._clock, self._settlement.settle)
+            self._cpu = Dispatch(self._batch, self._queue, self._clock, self._settlement)
             self._cpu_start = asyncio.get_running_loop().create_task(self._start_cpu(self._cpu, engine))
         return self._cpu
 
@@ -203,6 +221,7 @@ class Scheduler:
             await lane.load([engine], self._cpu_workers)
             await lane.serve(self._admission)
         except EngineError as error:
+            lane.works = False
             await lane.stop(HUNG_AFTER)
             with lane.lock:
                 waiting, queued = lane.queue.clear()
@@ -287,17 +306,25 @@ class Scheduler:
                 if not return_exceptions:
                     raise
                 answers.append(error)
-        items = [item for answer in answers if isinstance(answer, list) for item in answer]
-        for item in items:
-            try:
-                self._submit(item, None, None)
-            except EngineError as error:
-                item.future.set_exception(error)
+        submitted: list[Pending] = []
+        # No more of them at a time than the queue holds: they must not crowd each other out.
+        room = asyncio.Semaphore(self._queue.max_size)
         try:
-            await asyncio.gather(*(item.future for item in items), return_exceptions=return_exceptions)
+            for item in [item for answer in answers if isinstance(answer, list) for item in answer]:
+                await room.acquire()
+                try:
+                    self._check_home(item)
+                    self._submit(item, None, None)
+                except EngineError as error:
+                    item.future.set_exception(error)
+                submitted.append(item)
+                item.future.add_done_callback(lambda _: room.release())
+            await asyncio.gather(*(item.future for item in submitted), return_exceptions=return_exceptions)
         except asyncio.CancelledError:
-            for item in items:
+            for item in submitted:
                 self._abandon(item)
+                if not item.future.cancelled():
+                    item.future.exception()  # nobody will hear of it, and that is no fault
             raise
         return [self._joined(answer) if isinstance(answer, list) else answer for answer in answers]
 
@@ -356,7 +383,7 @@ class Scheduler:
         try:
             if self._phase is not OPEN:
                 raise Unavailable(f"the scheduler is {self._phase.value}")
-            inputs = request.inputs if type(request) is InferenceRequest else request
+            inputs = request.inputs if isinstance(request, InferenceRequest) else request
             admitted = self._admission.admit(inputs)
             return self._pending(admitted, request, priority, timeout, session_id, force_cpu)
         except EngineError as error:
@@ -368,7 +395,7 @@ class Scheduler:
     ) -> list[Pending]:
         """Like `_enter`, in as many parts as `max_batch_size` asks for."""
         self._check_loop()
-        inputs = request.inputs if type(request) is InferenceRequest else request
+        inputs = request.inputs if isinstance(request, InferenceRequest) else request
         try:
             if self._phase is not OPEN:
                 raise Unavailable(f"the scheduler is {self._phase.value}")
@@ -402,7 +429,7 @@ class Scheduler:
         force_cpu: bool,
     ) -> Pending:
         tenant = request_id = None
-        if type(request) is InferenceRequest:
+        if isinstance(request, InferenceRequest):
             session_id = session_id or request.session_id
             metadata = request.metadata
             if metadata is not None:
@@ -417,10 +444,8 @@ class Scheduler:
         now = self._clock()
         if timeout is None:
             deadline, urgency = math.inf, now + DEFAULT_HORIZON
-        elif timeout > 0:
-            deadline = urgency = now + timeout
         else:
-            raise InvalidInput(f"timeout: expected more than 0 seconds, got {timeout!r}")
+            deadline = urgency = now + check_timeout("timeout", timeout)
         home = self._main if not force_cpu and self._main.works else self._elsewhere(force_cpu)
         return Pending(
             inputs,
@@ -460,6 +485,19 @@ class Scheduler:
                 return lane
         raise Unavailable("no engine works", retry_after=PROBE_FIRST)
 
+    def _check_home(self, item: Pending) -> None:
+        """Whether a request that was admitted a while ago still has a place to go to. Raises `Unavailable`."""
+        try:
+            if self._phase is not OPEN:
+                raise Unavailable(f"the scheduler is {self._phase.value}")
+            if not item.home.works:
+                item.home, item.pin = self._elsewhere(force_cpu=False), None
+            elif item.pin is not None and item.home.engines[item.pin].lost:
+                item.pin = None
+        except EngineError as error:
+            self._count_refusal(error)
+            raise
+
     def _pin(self, session_id: str, home: Dispatch) -> int | None:
         """The engine that a session belongs to, where there is a choice."""
         working = [state.index for state in home.engines if not state.lost]
@@ -470,6 +508,8 @@ class Scheduler:
         if block_timeout is None:
             block_timeout = self._queue.block_timeout
         try:
+            if overflow is not None or block_timeout is not None:
+                overflow = _checked(overflow, block_timeout)
             with dispatch.lock:
                 evicted = dispatch.queue.push(item, item.arrival, overflow, may_wait=block_timeout != 0)
                 dispatch.arm()
@@ -481,7 +521,9 @@ class Scheduler:
         if item.timeout is not None:
             self._deadlines.add_deadline(item, item.timeout)
         if evicted:
-            self._books.evicted += self._settlement.fail(evicted, dispatch.queue.evicted())
+            with dispatch.lock:
+                eviction = dispatch.queue.evicted()
+            self._books.evicted += self._settlement.fail(evicted, eviction)
         elif block_timeout is not None and item.state is WAITING:
             self._deadlines.add(item, block_timeout, Alarm.ROOM)
 
@@ -504,7 +546,9 @@ class Scheduler:
         if alarm is Alarm.ROOM:
             if item.state is WAITING:
                 self._take_out(item)
-                refusal = Overloaded("there was no room in the queue in time", retry_after=item.home.queue.drain_time())
+                with item.home.lock:
+                    soon = item.home.queue.drain_time()
+                refusal = Overloaded("there was no room in the queue in time", retry_after=soon)
                 self._books.refused += self._settlement.fail([item], refusal)
             return
         if alarm is Alarm.FIRST_CHUNK and item.stream.first_at is not None:
@@ -560,8 +604,8 @@ class Scheduler:
 
     def model_info(self) -> ModelInfo:
         """What the model takes and gives. Raises `ModelNotLoaded` before the scheduler was entered."""
-        if self._phase is _Phase.NEW:
-            raise ModelNotLoaded("the scheduler was not entered yet")
+        if not hasattr(self, "_admission"):
+            raise ModelNotLoaded("the scheduler has not loaded its model")
         return self._admission.info
 
     def statistics(self) -> SchedulerStatistics:
@@ -581,12 +625,14 @@ class Scheduler:
     def health(self) -> SchedulerHealth:
         """Whether the engines work, never how busy they are."""
         engines = tuple(health for dispatch in self._dispatches() for health in dispatch.health())
+        if self._phase is _Phase.CLOSED:
+            engines = tuple(EngineHealth(engine.name, "unloaded") for engine in engines)
         working = sum(engine.status == "ready" for engine in engines)
         status = self._phase.value
         if self._phase is OPEN and working < len(engines):
             status = "degraded" if working else "unavailable"
         return SchedulerHealth(
-            healthy=working == len(engines) > 0,
+            healthy=self._phase is OPEN and working == len(engines),
             ready=self._phase is OPEN and working > 0,
             status=status,
             engines=engines,
@@ -597,9 +643,20 @@ class Scheduler:
         return (0 if self._cpu is None else self._cpu.depth()), self._main.depth()
 
 
+def _checked(overflow: Any, block_timeout: Any) -> QueueOverflowPolicy | None:
+    """The overflow policy that a call names, as a member or by its value; and a sensible limit to its wait."""
+    if block_timeout is not None and not (isinstance(block_timeout, int | float) and block_timeout >= 0):
+        raise InvalidInput(f"block_timeout: expected at least 0 seconds, got {block_timeout!r}")
+    try:
+        return None if overflow is None else QueueOverflowPolicy(overflow)
+    except ValueError:
+        known = ", ".join(policy.value for policy in QueueOverflowPolicy)
+        raise InvalidInput(f"overflow: expected one of {known}, got {overflow!r}") from None
+
+
 def _as_priority(value: Any) -> Priority:
     try:
-        return Priority(value)
-    except ValueError:
+        return Priority[value.upper()] if isinstance(value, str) else Priority(value)
+    except (KeyError, ValueError):
         known = ", ".join(f"{priority.value} ({priority.name})" for priority in Priority)
         raise InvalidInput(f"priority: expected one of {known}, got {value!r}") from None

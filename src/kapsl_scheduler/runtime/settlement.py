@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from kapsl_scheduler.core.batch import Pending, State
 from kapsl_scheduler.core.health import RetryBudget
@@ -18,11 +18,14 @@ from kapsl_scheduler.ports import Clock, Observer
 from kapsl_scheduler.runtime.dispatch import Dispatch
 from kapsl_scheduler.runtime.metrics import Books, ClassStatistics, SchedulerStatistics
 from kapsl_scheduler.runtime.worker import Outcome
-from kapsl_scheduler.types import InferenceResponse, Priority, Tensors
+from kapsl_scheduler.types import Array, InferenceResponse, Priority, Tensors
 
 __all__ = ["Settlement", "report"]
 
 logger = logging.getLogger(__name__)
+
+
+_NONE: Final[dict[str, Array]] = {}
 
 
 class Settlement:
@@ -78,6 +81,10 @@ class Settlement:
                 self._recover(dispatch, outcome, as_engine_error(outcome.error))
             self._count(outcome)
 
+    def lost(self, dispatch: Dispatch, engine: int) -> None:
+        """A slot of the engine has failed, and the engine is not used any more."""
+        self._after_loss(dispatch, engine, Unavailable("the engine's slot failed"))
+
     def _count(self, outcome: Outcome) -> None:
         books, batch = self.books, outcome.batch
         books.calls += 1
@@ -110,6 +117,7 @@ class Settlement:
             if future.done():
                 continue
             arrival = item.arrival
+            item.inputs = _NONE  # whoever still holds the request need not hold them
             future.set_result(
                 None if stream else InferenceResponse(part, started - arrival, elapsed, rows, item.request_id)
             )

@@ -32,7 +32,6 @@ class SyncScheduler:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="kapsl-loop", daemon=True)
         self._door = threading.Lock()  # held while work is handed to the loop, so that none comes after its end
-        self._closing = threading.Lock()
         self._ended = False
 
     def __repr__(self) -> str:
@@ -103,13 +102,13 @@ class SyncScheduler:
 
     def close(self, drain: float = DRAIN) -> None:
         """`Scheduler.close`, and the end of the loop's thread."""
-        with self._closing:
-            if self._loop is None or self._ended:
-                return
-            try:
+        if self._loop is None:
+            return
+        try:
+            with suppress(Unavailable):
                 self._run(lambda: self._scheduler.close(drain))
-            finally:
-                self._end_loop()
+        finally:
+            self._end_loop()
 
     # --------------------------------------------------------------------------------------- the loop
 

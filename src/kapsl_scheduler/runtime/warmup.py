@@ -14,13 +14,13 @@ from kapsl_scheduler.core.latency import LatencyTable
 from kapsl_scheduler.ports import Clock, Engine
 from kapsl_scheduler.types import Array, ModelInfo, numpy_dtype
 
-__all__ = ["longest_call"]
+__all__ = ["slowest_size"]
 
 _RUNS: Final = 24
 _LONG: Final = 0.01  # seconds
 
 
-def longest_call(
+def slowest_size(
     engine: Engine, admission: Admission, latency: LatencyTable, clock: Clock, max_rows: int
 ) -> float | None:
     """Run zeros of 1, 2, 4, … `max_rows` rows and return the seconds of the slowest size: the fastest of its runs,

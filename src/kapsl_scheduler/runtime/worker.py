@@ -23,7 +23,7 @@ from kapsl_scheduler.core.latency import LatencyTable
 from kapsl_scheduler.errors import EngineError, ModelLoadError, Unavailable
 from kapsl_scheduler.ports import Engine
 from kapsl_scheduler.runtime.stream import StreamChannel
-from kapsl_scheduler.runtime.warmup import longest_call
+from kapsl_scheduler.runtime.warmup import slowest_size
 from kapsl_scheduler.types import Tensors
 
 if TYPE_CHECKING:
@@ -115,7 +115,6 @@ class Worker(abc.ABC):
         """Run one batch on this thread. Whatever the engine raises is its callers' answer, never the slot's end."""
         clock = self.dispatch.clock
         outcome = Outcome(self.state, batch)
-        self.running = batch
         started = clock()
         try:
             outcome.outputs = self.state.engine.infer(self.dispatch.layout.stack(batch.members))
@@ -123,7 +122,6 @@ class Worker(abc.ABC):
             outcome.error = error
         outcome.ended = clock()
         outcome.elapsed = outcome.ended - started
-        self.running = None
         return outcome
 
     def is_stuck(self, now: float) -> bool:
@@ -138,7 +136,7 @@ class Worker(abc.ABC):
         """From warm-up runs, before there is traffic, decide whether calls may run on the loop's thread."""
         engine, dispatch = self.state.engine, self.dispatch
         if engine.bounded_call:
-            longest = longest_call(
+            longest = slowest_size(
                 engine, dispatch.admission, self.state.latency, dispatch.clock, dispatch.batch_policy.max_batch_size
             )
             self.state.on_loop = longest is not None and longest <= LOOP_CALL_LIMIT
@@ -180,7 +178,7 @@ class ThreadWorker(Worker):
                 self._serve()
         except BaseException:
             logger.exception("%s: the slot failed", self.name)
-            self.dispatch.lose(self.state)
+            self.dispatch.fail(self)
         finally:
             if self.owns_engine:
                 self._stopped.wait()
@@ -249,7 +247,6 @@ class ThreadWorker(Worker):
         outcome = Outcome(self.state, batch)
         item = batch.members[0]
         channel = cast(StreamChannel, item.stream)
-        self.running = batch
         started = clock()
         try:
             with closing(cast(Any, self.state.engine.infer_stream(item.inputs))) as chunks:
@@ -260,7 +257,6 @@ class ThreadWorker(Worker):
             outcome.error = error
         outcome.ended = clock()
         outcome.elapsed = outcome.ended - started
-        self.running = None
         return outcome
 
     def _unload(self) -> None:
@@ -293,7 +289,8 @@ class TaskWorker(Worker):
         self._gate.set()
 
     def wake(self) -> None:
-        self._gate.set()
+        # Whoever wakes it may be the thread of another engine's slot.
+        self.dispatch.loop.call_soon_threadsafe(self._gate.set)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -311,7 +308,7 @@ class TaskWorker(Worker):
                 await self._serve()
         except Exception:
             logger.exception("%s: the slot failed", self.name)
-            self.dispatch.lose(self.state)
+            self.dispatch.fail(self)
         finally:
             if self.owns_engine:
                 await self._stopped.wait()
@@ -384,7 +381,6 @@ class TaskWorker(Worker):
         clock = self.dispatch.clock
         outcome = Outcome(self.state, batch)
         engine = cast(Any, self.state.engine)
-        self.running = batch
         started = clock()
         try:
             if batch.members[0].stream is None:
@@ -397,8 +393,6 @@ class TaskWorker(Worker):
             outcome.error = error  # something that the engine awaits was cancelled, not this slot
         except Exception as error:
             outcome.error = error
-        finally:
-            self.running = None
         outcome.ended = clock()
         outcome.elapsed = outcome.ended - started
         return outcome

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 over HTTP: routes, the table from error to status, bounds on bodies.
+"""The Open Inference Protocol v2 over HTTP: routes, the table from error to status, bounds.
 
 `HttpApi` is an ASGI application. What is not here: the form of a tensor (`server.oip`), and sockets, signals and
 the order of shutting down (`app`).
@@ -77,15 +77,20 @@ def _json(body: Any, status: int = 200) -> Response:
 class HttpApi:
     """The server's routes over a registry of models.
 
-    Bodies beyond `max_body_bytes` are refused with 413. While `draining` is true the server says that it is not
+    Bodies beyond `max_body_bytes` are refused with 413, inference requests beyond `max_in_flight` at a time with
+    429; health and metadata are answered all the same. While `draining` is true the server says that it is not
     ready; that changes nothing for requests that come all the same.
     """
 
-    def __init__(self, registry: ModelRegistry[Any], *, version: str, max_body_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, registry: ModelRegistry[Any], *, version: str, max_body_bytes: int = 64 << 20, max_in_flight: int = 4096
+    ) -> None:
         self.draining = False
         self._registry = registry
         self._version = version
         self._max_body_bytes = max_body_bytes
+        self._max_in_flight = max_in_flight
+        self._in_flight = 0
         self._answers: dict[str, Counter[int]] = {}
         self._routes = self._build_routes()
 
@@ -125,8 +130,18 @@ class HttpApi:
 
     async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one inference request."""
+        # Counted until the answer is sent: a client that is slow to send or to read holds memory too.
+        self._in_flight += 1
+        try:
+            await self._infer(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+
+    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = scope["path_params"]["model"]
         try:
+            if self._in_flight > self._max_in_flight:
+                raise errors.Overloaded(f"{self._max_in_flight} inference requests are in flight, which is the limit")
             body = await self._read_body(scope, receive)
             model = self._registry.get(name, scope["path_params"].get("version", ""))
             call = decode_request(body)

@@ -134,13 +134,13 @@ class InferCall(msgspec.Struct):
     outputs: tuple[str, ...] | None = None
 
 
-_Dimension = Annotated[int, msgspec.Meta(ge=0)]
-_Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+# JSON's integers have no end; one that floats or the text of an error cannot hold must not come past the decoder.
+_Unsigned = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class _WireInput(msgspec.Struct):
     name: str
-    shape: Annotated[list[_Dimension], msgspec.Meta(max_length=32)]  # numpy's own limit, 64 since its 2.0
+    shape: Annotated[list[_Unsigned], msgspec.Meta(max_length=32)]  # numpy's own limit, 64 since its 2.0
     datatype: str
     data: msgspec.Raw = msgspec.Raw(b"")
 

@@ -441,7 +441,7 @@ def test_a_limit_is_more_than_nothing(seconds: float) -> None:
     assert check_timeout("timeout", seconds) == seconds
 
 
-@pytest.mark.parametrize("seconds", [0, -1, math.nan])
-def test_anything_else_is_a_fault(seconds: float) -> None:
-    with pytest.raises(InvalidInput, match=f"block_timeout: expected more than 0 seconds, got {seconds}"):
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, None, "soon"])
+def test_anything_else_is_a_fault(seconds: Any) -> None:
+    with pytest.raises(InvalidInput, match=f"block_timeout: expected more than 0 seconds, got {seconds!r}"):
         check_timeout("block_timeout", seconds)

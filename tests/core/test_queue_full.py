@@ -411,6 +411,7 @@ def test_the_time_per_row_follows_the_calls_smoothly() -> None:
         ({"max_waiting": -1}, "max_waiting: expected at least 0, got -1"),
         ({"block_timeout": -0.1}, "block_timeout: expected at least 0 seconds or None, got -0.1"),
         ({"block_timeout": float("nan")}, "block_timeout: expected at least 0 seconds or None, got nan"),
+        ({"overflow": "drop"}, "'drop' is not a valid QueueOverflowPolicy"),
         ({"shares": -0.1}, "shares: expected fractions"),
         ({"shares": 0.5}, "shares: expected fractions"),
         ({"shares": 1.0}, "shares: expected fractions"),
@@ -427,6 +428,11 @@ def test_shares_are_given_for_both_classes_or_one_by_one() -> None:
     assert QueuePolicy(shares=0.2).share_by_class() == {THROUGHPUT: 0.2, BACKGROUND: 0.2}
     assert QueuePolicy(shares={BACKGROUND: 0.0}).share_by_class() == {THROUGHPUT: 0.05, BACKGROUND: 0.0}
     assert QueuePolicy(shares={THROUGHPUT: 0.9}).share_by_class() == {THROUGHPUT: 0.9, BACKGROUND: 0.05}
+
+
+def test_what_a_full_queue_does_may_be_given_by_its_name() -> None:
+    assert QueuePolicy(overflow="drop_oldest").overflow is DROP_OLDEST  # type: ignore[arg-type]
+    assert QueuePolicy().overflow is BLOCK
 
 
 # ------------------------------------------------------------------------------------------------- figures

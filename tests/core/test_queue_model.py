@@ -40,6 +40,9 @@ shares = st.sampled_from([0.05, 0.25, 0.45]) | st.fixed_dictionaries(
 )
 bounds = st.integers(1, 6)
 
+PATIENT = pytest.mark.timeout(600)
+"""Seconds: a machine takes a few, but where it has found something, it looks minutes for the shortest way there."""
+
 
 def batch_policies(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[BatchPolicy]:
     slack = st.sampled_from([0.0, 0.25, 1.0])
@@ -320,25 +323,30 @@ class Everything(QueueMachine):
 
 
 @pytest.mark.slow
+@PATIENT
 class TestOrderAndBatches(OrderAndBatches.TestCase):
     settings = settings(stateful_step_count=50)
 
 
 @pytest.mark.slow
+@PATIENT
 class TestFullQueues(FullQueues.TestCase):
     settings = settings(stateful_step_count=50)
 
 
 @pytest.mark.slow
+@PATIENT
 class TestShares(Shares.TestCase):
     settings = settings(stateful_step_count=50)
 
 
 @pytest.mark.slow
+@PATIENT
 class TestTenants(Tenants.TestCase):
     settings = settings(stateful_step_count=50)
 
 
 @pytest.mark.slow
+@PATIENT
 class TestEverything(Everything.TestCase):
     settings = settings(stateful_step_count=50)

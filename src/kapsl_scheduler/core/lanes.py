@@ -27,7 +27,8 @@ class Slot:
     """One engine slot as the queue sees it: who pulls, and what it may be given.
 
     `engine` is the index that pinned requests name; `calls` and `streams` say which kinds this slot runs. `latency` is
-    what the engine's calls take, `delivery` what it takes besides until the callers have their answers.
+    what the engine's calls take, `delivery` what comes on top until the callers have their answers: the way back, and
+    what calls take beyond their prediction.
     """
 
     __slots__ = ("calls", "delivery", "engine", "latency", "streams")

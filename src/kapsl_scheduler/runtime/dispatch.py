@@ -213,7 +213,10 @@ class Dispatch:
         now = self.clock()
         with self.lock:
             for outcome in outcomes:
-                self.delivery.observe(now - outcome.batch.started - outcome.elapsed)
+                batch = outcome.batch
+                predicted = outcome.state.latency[batch.shape].lower(batch.rows, now)
+                if predicted and batch.members[0].stream is None:
+                    self.delivery.observe(now - batch.started - predicted)
             if self.queue.queued:
                 self.arm()  # a slot may have given way
 

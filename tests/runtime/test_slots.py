@@ -185,7 +185,7 @@ async def test_an_engine_that_gets_slower_leaves_the_loops_thread() -> None:
     clock = VirtualClock()
     engine = bounded(clock, 50e-6)
     async with Scheduler([engine], clock=clock) as scheduler:
-        engine._faults = FaultPlan(Fault(delay=300e-6))
+        engine._faults = FaultPlan(Fault(delay=800e-6))
         await infer_in_turn(scheduler, engine, 5)
         assert HERE() not in await infer_in_turn(scheduler, engine)
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 LOOP_BLOCK_LIMIT: Final = 10e-3
 """Seconds: after one call on the loop's thread above it, the engine keeps to its own thread for good; likewise once
-the median of its last calls is above twice the limit by which warm-up decides. A single call is given more, because its
+the median of its last calls is above four times the limit by which warm-up decides. A single call is given more: its
 wall time includes whatever else was given the processor meanwhile."""
 
 
@@ -191,9 +191,9 @@ class Dispatch:
         self.longest_loop_call = max(self.longest_loop_call, outcome.elapsed)
         with self.lock:
             self._account(worker, outcome)
-            if outcome.elapsed > 2 * LOOP_CALL_LIMIT:
+            if outcome.elapsed > 4 * LOOP_CALL_LIMIT:
                 usual = worker.state.latency[batch.shape].upper(batch.rows) or 0.0
-                worker.state.on_loop = outcome.elapsed <= LOOP_BLOCK_LIMIT and usual <= 2 * LOOP_CALL_LIMIT
+                worker.state.on_loop = outcome.elapsed <= LOOP_BLOCK_LIMIT and usual <= 4 * LOOP_CALL_LIMIT
             late, self._late = self._late, []
             lost = worker.state.lost
             if not lost:

@@ -33,7 +33,7 @@ __all__ = ["EngineState", "Outcome", "TaskWorker", "ThreadWorker", "Worker"]
 
 logger = logging.getLogger(__name__)
 
-LOOP_CALL_LIMIT: Final = 100e-6
+LOOP_CALL_LIMIT: Final = 150e-6
 """Seconds: an engine whose longest warm-up call is shorter may run on the loop's thread; a thread hop costs as much."""
 STUCK_AFTER: Final = 5.0
 """Seconds: a call that runs longer than this, and than twenty times its predicted time, counts as stuck."""

@@ -95,6 +95,7 @@ def test_a_suite_runs_and_measures_everything_it_names(suite: str, tmp_path: Pat
     assert report.measurements
     rates = [m for m in report.measurements if m.metric in ("rate", "time", "goodput", "live p50", "queued")]
     assert rates
-    assert all(measurement.value > 0 for measurement in rates)
+    # On a machine that is busy enough an overload has no goodput at all; everything else is there in any case.
+    assert all(measurement.value > 0 or measurement.metric == "goodput" for measurement in rates)
     assert main(["compare", str(target), str(target)]) == 0
     assert main(["show", str(target)]) == 0

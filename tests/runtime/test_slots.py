@@ -68,7 +68,9 @@ async def test_each_slot_of_an_engine_has_a_thread_of_its_own() -> None:
 
 
 async def test_engines_of_both_kinds_serve_one_queue() -> None:
-    """A slot in a thread wakes one that is a task of the loop, and the other way round."""
+    """A slot in a thread wakes one that is a task of the loop, and the other way round; in debug mode the loop refuses
+    what is not safe between threads."""
+    asyncio.get_running_loop().set_debug(True)
     engines = [FakeEngine(), FakeAsyncEngine()]
     async with Scheduler(engines, batch=BatchPolicy(max_batch_size=1)) as scheduler, asyncio.timeout(5):
         for burst in range(20):

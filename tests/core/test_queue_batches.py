@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kapsl_scheduler.core.batch import BatchPolicy
+from kapsl_scheduler.core.batch import BatchPolicy, State
 from kapsl_scheduler.core.lanes import Slot
-from kapsl_scheduler.core.queue import QueuePolicy, RequestQueue
+from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy, RequestQueue
 from kapsl_scheduler.types import Priority
 from tests.core.build import (
     BACKGROUND,
@@ -198,19 +198,17 @@ def test_nothing_is_held_while_somebody_waits_for_room() -> None:
 
 
 def test_a_more_urgent_request_that_waited_for_room_turns_no_delay_back_on() -> None:
-    """It arrived before the one that ended the delay, and is let in after it."""
-    queue = queue_of(*(low := several(2, BACKGROUND)), policy=QueuePolicy(max_size=3, max_bytes=9), **DELAYED)
-    big = pending(LIVE, at=0.001, nbytes=8)
-    queue.push(big, 0.001)  # no room for its bytes
-    held_back = pending(THROUGHPUT, at=0.002)
-    queue.remove(big)
-    queue.push(held_back, 0.002)
-    queue.push(small := pending(LIVE, at=0.003), 0.003)
-    assert small.state.name == "WAITING"
-    queue.remove(low[0])
-    assert small.state.name == "QUEUED"
-    queue.remove(small)
-    assert members(queue.pull(0.004, slot_of())) == [held_back]
+    """It arrived before the work whose delay another ended, and is let in only now."""
+    queue = queue_of(*several(2, BACKGROUND), policy=QueuePolicy(max_size=2, max_bytes=9), **DELAYED)
+    large, ended, urgent = pending(LIVE, at=0.001, nbytes=8), pending(THROUGHPUT, at=0.002), pending(LIVE, at=0.003)
+    queue.push(large, 0.001)
+    queue.push(ended, 0.002, QueueOverflowPolicy.DROP_OLDEST)
+    queue.push(urgent, 0.003, QueueOverflowPolicy.DROP_OLDEST)
+    assert large.state is State.WAITING
+    queue.remove(urgent)
+    assert large.state is State.QUEUED
+    queue.remove(large)
+    assert members(queue.pull(0.004, slot_of())) == [ended]
 
 
 # -------------------------------------------------------------------------------------- who rides along

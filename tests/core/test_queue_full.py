@@ -336,12 +336,13 @@ def test_not_past_what_came_back_from_a_failed_batch() -> None:
 
 
 def test_not_past_a_share_that_is_due() -> None:
-    queue = bounded(pending(LIVE), pending(BACKGROUND, shape=OTHER), batch={"max_batch_size": 1})
+    """What is owed gets its call, of one request; so no more may come in than that makes room for."""
+    queue = bounded(pending(LIVE), pending(BACKGROUND, shape=OTHER))
     finish(queue, queue.pull(0, slot_of()).batch, 1.0, 0)
-    push_all(queue, [*several(2, BACKGROUND), waiting := pending(LIVE)])
-    assert waiting.state is State.WAITING
-    assert members(queue.pull(0, slot_of()))[0].priority is BACKGROUND
-    assert waiting.state is State.QUEUED
+    push_all(queue, [*several(2, BACKGROUND, shape=OTHER), *(waiting := several(3, LIVE))])
+    assert [item.priority for item in members(queue.pull(0, slot_of()))] == [BACKGROUND]
+    assert [item.state for item in waiting] == [State.QUEUED, State.WAITING, State.WAITING]
+    queue.validate()
 
 
 def test_not_where_this_slot_may_not_run_it() -> None:

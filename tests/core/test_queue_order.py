@@ -145,17 +145,13 @@ def test_clear_takes_everything_out_and_says_who_only_waited() -> None:
 def test_a_request_that_went_to_another_queue_never_comes_up_in_its_first() -> None:
     """Requests move to another queue when the engines behind theirs are lost, and that one may give them back."""
     first, second = queue_of(), queue_of()
-    items = [pending(), pending(timeout=0.5), pending(THROUGHPUT)]
-    push_all(first, items)
-    ran = members(first.pull(0, slot_of()))
-    first.give_back(ran)
+    push_all(first, [pending(), pending(timeout=0.5), pending(THROUGHPUT)])
+    first.give_back(members(first.pull(0, slot_of())))
     _, moved = first.clear()
     push_all(second, moved)
-    fresh = pending()
-    first.push(fresh, 1)
-    assert drained(first, slot_of(), now=0) == [[fresh]]
-    second_members = members(second.pull(0, slot_of()))
-    second.give_back(second_members)
+    push_all(first, fresh := [pending(), pending(THROUGHPUT)])
+    assert drained(first, slot_of()) == [fresh[:1], fresh[1:]]
+    second.give_back(members(second.pull(0, slot_of())))
     assert first.pull(0, slot_of()).batch is None
     first.validate()
     second.validate()

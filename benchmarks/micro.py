@@ -94,16 +94,16 @@ def _admit() -> float:
 
 def _pending(shape: Shape, row: Array, arrival: float, priority: Priority) -> Pending:
     deadline = arrival + 1.0
-    return Pending({"pixels": row}, 1, shape, False, priority, arrival, deadline, deadline, 1.0, 256, None)
+    return Pending((row,), 1, shape, False, priority, arrival, deadline, deadline, 1.0, 256, None)
 
 
 def _make() -> float:
-    shape, row = Shape("row", batchable=True), _row()
+    shape, row = Shape("row", ("pixels",), batchable=True), _row()
     return _timed(lambda: _pending(shape, row, 0.0, Priority.LATENCY_CRITICAL), 1000)
 
 
 def _requests(count: int, *, mixed: bool = False) -> list[Pending]:
-    shape = Shape("row", batchable=True)
+    shape = Shape("row", ("pixels",), batchable=True)
     classes = np.random.default_rng(0).integers(0, len(Priority), count) if mixed else np.zeros(count, int)
     return [_pending(shape, _row(), 0.0, Priority(int(priority))) for priority in classes]
 
@@ -117,7 +117,7 @@ def _push_and_pop(*, mixed: bool = False) -> tuple[float, float]:
         slot.latency[requests[0].shape].observe(MAX_BATCH, 76e-6, 0.0)
     start = time.perf_counter()
     for request in requests:
-        queue.push(request, 0.0)
+        queue.push(request)
     pushed = time.perf_counter()
     batches: list[Batch] = []
     while (pull := queue.pull(0.0, slot)).batch is not None:

@@ -170,25 +170,37 @@ class InferenceRequest:
 
 
 class InferenceResponse(msgspec.Struct, gc=False):
-    """The answer to one request (or one chunk of a stream).
+    """The answer to one request (or one chunk of a stream); `of` makes one of a mapping.
 
-    `outputs` maps output names to arrays; rows are views of the batch's output array, so `copy()` what must
-    outlive the others' memory. `queue_time` and `compute_time` are seconds; `batch_rows` is the number of rows
-    of the engine call that answered.
+    Rows are views of the batch's output array, so `copy()` what must outlive the others' memory. `queue_time` and
+    `compute_time` are seconds; `batch_rows` is the number of rows of the engine call that answered.
     """
 
-    outputs: dict[str, Array]
+    _names: tuple[str, ...]
+    _arrays: tuple[Array, ...]
     queue_time: float
     compute_time: float
     batch_rows: int
     _request_id: str | None = None
 
+    @classmethod
+    def of(
+        cls, outputs: Tensors, queue_time: float, compute_time: float, batch_rows: int, request_id: str | None = None
+    ) -> InferenceResponse:
+        """A response with these outputs."""
+        return cls(tuple(outputs), tuple(outputs.values()), queue_time, compute_time, batch_rows, request_id)
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        """Every output by its name."""
+        return dict(zip(self._names, self._arrays, strict=True))
+
     @property
     def output(self) -> Array:
         """The first output."""
-        for array in self.outputs.values():
-            return array
-        raise InferenceError("the model has no outputs")
+        if not self._arrays:
+            raise InferenceError("the model has no outputs")
+        return self._arrays[0]
 
     @property
     def request_id(self) -> str:
@@ -199,5 +211,4 @@ class InferenceResponse(msgspec.Struct, gc=False):
 
     def copy(self) -> InferenceResponse:
         """The same answer with arrays of its own."""
-        outputs = {name: np.copy(array) for name, array in self.outputs.items()}
-        return InferenceResponse(outputs, self.queue_time, self.compute_time, self.batch_rows, self._request_id)
+        return msgspec.structs.replace(self, _arrays=tuple(np.copy(array) for array in self._arrays))

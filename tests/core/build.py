@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from kapsl_scheduler.core.batch import Batch, BatchPolicy, Pending, Shape
@@ -18,6 +19,11 @@ OTHER = Shape("rows of another kind", batchable=True)
 LONE = Shape("never batched", batchable=False)
 
 
+@cache
+def _shape_of(kind: Shape, names: tuple[str, ...]) -> Shape:
+    return Shape(kind.description, names, batchable=kind.batchable)
+
+
 def pending(
     priority: Priority = LIVE,
     rows: int = 1,
@@ -27,13 +33,15 @@ def pending(
     timeout: float | None = None,
     nbytes: int = 1,
     name: Any = None,
-    inputs: dict[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Pending:
     """A request that arrives at `at`; `name` (any value) is what tests know it by."""
     deadline = math.inf if timeout is None else at + timeout
-    return Pending(
-        inputs=inputs if inputs is not None else {},
+    if inputs:
+        shape = _shape_of(shape, tuple(inputs))
+    item = Pending(
+        inputs=tuple((inputs or {}).values()),
         rows=rows,
         shape=shape,
         bare=fields.pop("bare", False),
@@ -46,6 +54,8 @@ def pending(
         future=name,
         **fields,
     )
+    item.set_apart()
+    return item
 
 
 def several(count: int, priority: Priority = LIVE, rows: int = 1, **fields: Any) -> list[Pending]:
@@ -61,7 +71,7 @@ def queue_of(*items: Pending, slots: int = 1, policy: QueuePolicy | None = None,
 
 def push_all(queue: RequestQueue, items: Iterable[Pending]) -> None:
     for item in items:
-        queue.push(item, item.arrival)
+        queue.push(item)
 
 
 def slot_of(engine: int = 0, times: dict[int, float] | None = None, *, shape: Shape = SHAPE, **kinds: bool) -> Slot:

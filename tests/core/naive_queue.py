@@ -123,7 +123,8 @@ class NaiveQueue:
             if not allowed:
                 return []
             lowest = max(r.priority for r in allowed)
-            victim = [r for r in allowed if r.priority is lowest][-1 if newest else 0]
+            by_arrival = sorted((r for r in allowed if r.priority is lowest), key=lambda request: request.number)
+            victim = by_arrival[-1 if newest else 0]
             victims.append(victim)
             staying = [r for r in staying if r is not victim]
         return victims
@@ -187,7 +188,8 @@ class NaiveQueue:
 
     def clear(self) -> tuple[list[Request], list[Request]]:
         waiting = self.line()
-        admitted = [r for p in Priority for r in self.returned + self.queued if r.priority is p]
+        in_order = self.returned + sorted(self.queued, key=lambda request: request.number)
+        admitted = [r for p in Priority for r in in_order if r.priority is p]
         self.queued, self.waiting, self.returned = [], [], []
         return waiting, admitted
 

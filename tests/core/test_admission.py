@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kapsl_scheduler.core.admission import Admission, RequestProfile, check_timeout, determine_priority
-from kapsl_scheduler.core.batch import Layout
+from kapsl_scheduler.core.batch import Layout, Shape
 from kapsl_scheduler.errors import InvalidInput
 from kapsl_scheduler.testing.strategies import inputs_for
 from kapsl_scheduler.types import Array, ModelInfo, Priority, TensorSpec
@@ -27,6 +27,12 @@ def fault(model: Admission, inputs: Any) -> str:
     with pytest.raises(InvalidInput) as caught:
         model.admit(inputs)
     return str(caught.value)
+
+
+def admitted(model: Admission, value: Any) -> tuple[dict[str, Array], int, Shape, bool, int]:
+    """What is admitted, the inputs by their names."""
+    inputs, rows, shape, bare, nbytes = model.admit(value)
+    return dict(zip(shape.names, inputs, strict=True)), rows, shape, bare, nbytes
 
 
 def f32(*shape: int) -> Array:
@@ -55,7 +61,7 @@ def speech(rows: int = 2, length: int = 5, **others: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_an_array_passes_as_it_is(form: Any, rows: int) -> None:
     x = f32(rows, 4)
-    inputs, came, shape, bare, nbytes = DIGITS.admit(form(x))
+    inputs, came, shape, bare, nbytes = admitted(DIGITS, form(x))
     assert inputs["x"] is x
     assert (came, bare, nbytes) == (rows, False, rows * 16)
     assert shape is DIGITS.admit(f32(1, 4))[2]
@@ -65,7 +71,7 @@ def test_an_array_passes_as_it_is(form: Any, rows: int) -> None:
 @pytest.mark.parametrize("form", [lambda x: x, lambda x: {"x": x}])
 def test_an_array_that_lacks_just_the_batch_axis_is_one_row(form: Any) -> None:
     x = f32(4)
-    inputs, rows, shape, bare, nbytes = DIGITS.admit(form(x))
+    inputs, rows, shape, bare, nbytes = admitted(DIGITS, form(x))
     assert (rows, bare, nbytes) == (1, True, 16)
     assert shape is DIGITS.admit(f32(2, 4))[2]
     assert np.shares_memory(inputs["x"], x)
@@ -75,7 +81,7 @@ def test_an_array_that_lacks_just_the_batch_axis_is_one_row(form: Any) -> None:
 
 def test_all_batched_inputs_must_lack_it_for_that() -> None:
     one = {"input": f32(5), "state": f32(2, 3), "sr": np.array(8000)}
-    inputs, rows, shape, bare, _ = SPEECH.admit(one)
+    inputs, rows, shape, bare, _ = admitted(SPEECH, one)
     assert (rows, bare) == (1, True)
     assert (inputs["input"].shape, inputs["state"].shape, inputs["sr"].shape) == ((1, 5), (2, 1, 3), ())
     assert shape is SPEECH.admit(speech())[2]
@@ -86,17 +92,17 @@ def test_all_batched_inputs_must_lack_it_for_that() -> None:
 
 @pytest.mark.parametrize("value", [[[1, 2, 3, 4]], [[1.0, 2.0, 3.0, 4.0]], ((1, 2, 3, 4),), [np.float64([1, 2, 3, 4])]])
 def test_lists_are_converted_to_the_models_dtype(value: Any) -> None:
-    inputs, rows, _, bare, nbytes = DIGITS.admit(value)
+    inputs, rows, _, bare, nbytes = admitted(DIGITS, value)
     assert inputs["x"].dtype == np.float32
     assert inputs["x"].tolist() == [[1, 2, 3, 4]]
     assert (rows, bare, nbytes) == (1, False, 16)
 
 
 def test_so_are_scalars() -> None:
-    inputs = SPEECH.admit(speech(sr=16000))[0]
+    inputs = admitted(SPEECH, speech(sr=16000))[0]
     assert (inputs["sr"].dtype, inputs["sr"].shape, int(inputs["sr"])) == (np.int64, (), 16000)
     single = admission(TensorSpec("x", "float64", ("N",), 0))
-    assert single.admit(3)[0]["x"].tolist() == [3.0]
+    assert admitted(single, 3)[0]["x"].tolist() == [3.0]
     assert single.admit(3)[3] is True
 
 
@@ -123,14 +129,14 @@ def test_what_offers_an_array_is_taken_for_one() -> None:
 )
 def test_plain_values_that_the_dtype_holds(dtype: str, value: list[Any]) -> None:
     model = admission(TensorSpec("x", dtype, (None,)))
-    array = model.admit(value)[0]["x"]
+    array = admitted(model, value)[0]["x"]
     assert array.dtype.name == dtype
     np.testing.assert_array_equal(array, value)
 
 
 @pytest.mark.parametrize("text", [["a"], np.array([["a"]]), [["a"]], np.array([["a"]], object), np.array([[b"a"]])])
 def test_strings_are_objects_of_str_or_bytes(text: Any) -> None:
-    inputs, rows, _, _, nbytes = TEXT.admit(text)
+    inputs, rows, _, _, nbytes = admitted(TEXT, text)
     assert inputs["text"].dtype == object
     assert inputs["text"].item() in ("a", b"a")
     assert (rows, nbytes) == (1, 1)
@@ -289,7 +295,7 @@ def test_constant_strings_too() -> None:
 
 
 def test_a_model_that_is_not_batchable_shares_nothing() -> None:
-    inputs, rows, shape, bare, _ = FIXED.admit(np.zeros((1, 7, 2), np.uint8))
+    inputs, rows, shape, bare, _ = admitted(FIXED, np.zeros((1, 7, 2), np.uint8))
     assert (rows, bare, shape.batchable) == (1, False, False)
     assert FIXED.admit(np.ones((1, 7, 2), np.uint8))[2] is shape  # measured together
     assert FIXED.admit(np.ones((1, 8, 2), np.uint8))[2] is not shape
@@ -313,7 +319,7 @@ def test_shapes_that_nobody_uses_any_more_are_forgotten() -> None:
 
 def test_symbolic_inner_dimensions_take_the_long_way_to_the_same_answer() -> None:
     model = admission(TensorSpec("x", "float32", ("N", "size"), 0))
-    inputs, rows, _, bare, nbytes = model.admit(f32(2, 4))
+    inputs, rows, _, bare, nbytes = admitted(model, f32(2, 4))
     assert (inputs["x"].shape, rows, bare, nbytes) == ((2, 4), 2, False, 32)
     assert model.admit(f32(4))[3] is True
 
@@ -322,7 +328,7 @@ def test_symbolic_inner_dimensions_take_the_long_way_to_the_same_answer() -> Non
 
 
 def test_a_model_that_declares_nothing_takes_what_agrees_in_rows() -> None:
-    inputs, rows, shape, bare, nbytes = OPEN.admit({"a": f32(2, 3), "b": [1, 2]})
+    inputs, rows, shape, bare, nbytes = admitted(OPEN, {"a": f32(2, 3), "b": [1, 2]})
     assert (rows, bare, nbytes) == (2, False, 24 + 16)
     assert inputs["b"].tolist() == [1, 2]
     assert OPEN.admit({"b": [1], "a": f32(1, 3)})[2] is shape  # in whatever order they are named
@@ -331,7 +337,7 @@ def test_a_model_that_declares_nothing_takes_what_agrees_in_rows() -> None:
 
 
 def test_one_array_is_named_for_it() -> None:
-    assert list(OPEN.admit(f32(2, 3))[0]) == ["input"]
+    assert list(admitted(OPEN, f32(2, 3))[0]) == ["input"]
 
 
 @pytest.mark.parametrize(
@@ -355,7 +361,7 @@ def test_objects_count_their_characters_or_their_pointers() -> None:
 
 def test_an_undeclared_model_that_is_not_batchable_takes_one_thing_at_a_time() -> None:
     model = admission(batchable=False)
-    inputs, rows, shape, bare, _ = model.admit(3.0)
+    inputs, rows, shape, bare, _ = admitted(model, 3.0)
     assert (inputs["input"].shape, rows, bare, shape.batchable) == ((), 1, False, False)
     assert model.admit(f32(3, 2))[1] == 1
     assert model.admit(f32(3, 2))[2] is not model.admit(f32(4, 2))[2]  # their times differ
@@ -367,11 +373,11 @@ def test_an_undeclared_model_that_is_not_batchable_takes_one_thing_at_a_time() -
 @pytest.mark.slow
 @given(inputs=inputs_for(SPEECH.info, max_rows=8))
 def test_whatever_fits_the_model_is_admitted_and_comes_out_unchanged(inputs: dict[str, Array]) -> None:
-    admitted, rows, _, bare, nbytes = SPEECH.admit(inputs)
+    came, rows, _, bare, nbytes = admitted(SPEECH, inputs)
     assert rows == inputs["input"].shape[0]
     assert not bare
     assert nbytes == sum(array.nbytes for array in inputs.values())
-    assert all(admitted[name] is array for name, array in inputs.items())
+    assert all(came[name] is array for name, array in inputs.items())
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_the_delay_never_holds_live_work() -> None:
 def test_a_full_batch_is_not_held() -> None:
     queue = queue_of(*several(3, THROUGHPUT), **DELAYED)
     assert held(queue, 0) == 0.010
-    queue.push(pending(THROUGHPUT), 0)
+    queue.push(pending(THROUGHPUT))
     assert held(queue, 0) is None
 
 
@@ -141,7 +141,7 @@ def test_a_full_batch_may_be_of_several_tenants() -> None:
 def test_a_filled_preferred_size_is_not_held() -> None:
     queue = queue_of(pending(THROUGHPUT), **DELAYED, preferred_batch_sizes=(2, 4))
     assert held(queue, 0) == 0.010
-    queue.push(pending(THROUGHPUT, at=0.001), 0.001)
+    queue.push(pending(THROUGHPUT, at=0.001))
     assert len(members(queue.pull(0.001, slot_of()))) == 2
 
 
@@ -150,7 +150,7 @@ def test_the_delay_ends_when_more_urgent_work_arrives() -> None:
     queue = queue_of(pending(BACKGROUND, shape=OTHER), pending(THROUGHPUT, at=0.001), **DELAYED)
     assert held(queue, 0.002) == 0.011  # for the background, throughput is more urgent, but waits itself
     live = pending(LIVE, at=0.003)
-    queue.push(live, 0.003)
+    queue.push(live)
     queue.remove(live)
     slot = slot_of(times=FLAT)
     assert members(queue.pull(0.003, slot))[0].priority is THROUGHPUT
@@ -193,7 +193,7 @@ def test_what_can_never_share_a_call_is_not_held() -> None:
 def test_nothing_is_held_while_somebody_waits_for_room() -> None:
     queue = queue_of(first := pending(THROUGHPUT), policy=QueuePolicy(max_size=1), **DELAYED)
     assert held(queue, 0) == 0.010
-    queue.push(pending(THROUGHPUT), 0)
+    queue.push(pending(THROUGHPUT))
     assert members(queue.pull(0, slot_of())) == [first]
 
 
@@ -201,9 +201,9 @@ def test_a_more_urgent_request_that_waited_for_room_turns_no_delay_back_on() -> 
     """It arrived before the work whose delay another ended, and is let in only now."""
     queue = queue_of(*several(2, BACKGROUND), policy=QueuePolicy(max_size=2, max_bytes=9), **DELAYED)
     large, ended, urgent = pending(LIVE, at=0.001, nbytes=8), pending(THROUGHPUT, at=0.002), pending(LIVE, at=0.003)
-    queue.push(large, 0.001)
-    queue.push(ended, 0.002, QueueOverflowPolicy.DROP_OLDEST)
-    queue.push(urgent, 0.003, QueueOverflowPolicy.DROP_OLDEST)
+    queue.push(large)
+    queue.push(ended, QueueOverflowPolicy.DROP_OLDEST)
+    queue.push(urgent, QueueOverflowPolicy.DROP_OLDEST)
     assert large.state is State.WAITING
     queue.remove(urgent)
     assert large.state is State.QUEUED
@@ -300,7 +300,7 @@ def test_live_batches_are_not_cut() -> None:
 
 def test_one_request_alone_may_take_longer() -> None:
     queue = queue_of(pending(THROUGHPUT, rows=20), pending(THROUGHPUT), max_batch_time=0.0105, fill_slack=4.0)
-    queue.push(pending(BACKGROUND), 0)
+    queue.push(pending(BACKGROUND))
     assert rows_by_class(queue, slot_of(times=STEEP)) == (0, 20, 0)
 
 

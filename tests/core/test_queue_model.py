@@ -84,6 +84,28 @@ class QueueMachine(RuleBasedStateMachine):
         for fields in data.draw(self.arrivals):
             self.push(**fields)
 
+    @rule(data=st.data())
+    def arrive_together(self, data: st.DataObject) -> None:
+        """Those who arrive in one pass of the loop go in together, as far as there is room at once: it is the same as
+        if they came one by one."""
+        alike = data.draw(st.booleans())
+        together = data.draw(self.arrivals)
+        requests = [self.request(**(together[0] if alike else fields)) for fields in together]
+        items = self.items[-len(requests) :]
+        count = self.queue.push_many(items)
+        for request in requests[:count]:
+            assert self.model.push(request, self.queue.policy.overflow, True) == ("queued", [])
+        if count < len(items) and self.queue.policy.max_bytes is None:
+            assert self.model.waiting or len(self.model.queued) == self.queue.policy.max_size
+        for request, item in zip(requests[count:], items[count:], strict=True):
+            self.push_one(request, item)
+
+    def request(self, patience: float, overflow: object = None, may_wait: object = None, **fields: Any) -> Request:
+        request = Request(number=len(self.items), arrival=self.now, deadline=self.now + patience, **fields)
+        self.requests.append(request)
+        self.items.append(as_pending(request))
+        return request
+
     def push(
         self,
         patience: float,
@@ -91,14 +113,16 @@ class QueueMachine(RuleBasedStateMachine):
         may_wait: bool = True,
         **fields: Any,
     ) -> None:
-        request = Request(number=len(self.items), arrival=self.now, deadline=self.now + patience, **fields)
-        item = as_pending(request)
-        self.requests.append(request)
-        self.items.append(item)
+        request = self.request(patience, **fields)
+        self.push_one(request, self.items[-1], overflow, may_wait)
+
+    def push_one(
+        self, request: Request, item: Pending, overflow: QueueOverflowPolicy | None = None, may_wait: bool = True
+    ) -> None:
         policy = overflow or self.queue.policy.overflow
         became, victims = self.model.push(request, policy, may_wait)
         try:
-            evicted = self.queue.push(item, self.now, overflow, may_wait=may_wait)
+            evicted = self.queue.push(item, overflow, may_wait=may_wait)
         except (ResourceExhausted, Overloaded) as error:
             said: tuple[Any, ...] = (type(error), error.retry_after)
         else:
@@ -202,7 +226,8 @@ class QueueMachine(RuleBasedStateMachine):
         assert queue.queued_by_class() == by_class
         assert (queue.queued, queue.waiting) == (len(model.queued), len(model.waiting))
         assert queue.rows == sum(request.rows for request in model.queued)
-        assert queue.queued_bytes == sum(request.nbytes for request in model.queued)
+        if queue.policy.max_bytes is not None:
+            assert queue.queued_bytes == sum(request.nbytes for request in model.queued)
         assert queue.drain_time() == model.retry_after()
         others = model.waiting + model.returned + [r for r in model.queued if r.priority is not BACKGROUND]
         assert queue.has_any() == bool(model.queued or model.returned)
@@ -230,7 +255,7 @@ def as_pending(request: Request) -> Pending:
     fields = {**asdict(request), "shape": request.shape}
     number, stream = fields.pop("number"), fields.pop("stream")
     timeout = None if request.deadline == math.inf else request.deadline - request.arrival
-    return Pending(
+    item = Pending(
         inputs={},
         bare=False,
         urgency=request.urgency,
@@ -239,6 +264,8 @@ def as_pending(request: Request) -> Pending:
         stream=object() if stream else None,
         **fields,
     )
+    item.set_apart()
+    return item
 
 
 def numbers(them: Any) -> list[int]:

@@ -65,8 +65,8 @@ def test_equal_deadlines_go_in_order_of_arrival() -> None:
 def test_a_request_that_waited_for_room_keeps_its_place_among_equals() -> None:
     """It arrived before the one that was let in first, and both want to be done at the same moment."""
     queue = queue_of(*(low := several(2, BACKGROUND)), policy=QueuePolicy(max_size=2))
-    queue.push(waited := pending(), 0)
-    queue.push(evicting := pending(), 0, QueueOverflowPolicy.DROP_OLDEST)
+    queue.push(waited := pending())
+    queue.push(evicting := pending(), QueueOverflowPolicy.DROP_OLDEST)
     queue.remove(low[1])
     assert [waited.state, evicting.state] == [State.QUEUED, State.QUEUED]
     assert drained(queue, slot_of()) == [[waited, evicting]]
@@ -96,7 +96,7 @@ def test_many_kinds_of_requests_leave_no_trace() -> None:
 
 def test_a_cancelled_request_is_gone_at_once_and_never_runs() -> None:
     items = several(5)
-    queue = queue_of(*items)
+    queue = queue_of(*items, policy=QueuePolicy(max_bytes=9))
     assert queue.remove(items[0])
     assert queue.remove(items[2])
     assert (queue.queued, queue.rows, queue.queued_bytes) == (3, 3, 3)
@@ -260,7 +260,7 @@ def test_members_of_a_failed_batch_come_back_one_by_one_ahead_of_their_class() -
     queue.pull(0, slot)
     queue.give_back(items)
     fresh = pending(timeout=0.001)
-    queue.push(fresh, 0)
+    queue.push(fresh)
     assert [item.state for item in items] == [State.RETURNED] * 3
     assert queue.queued == 1  # what came back takes no room
     assert drained(queue, slot) == [[items[0]], [items[1]], [items[2]], [fresh]]
@@ -334,14 +334,14 @@ def test_work_pinned_to_a_lost_engine_may_run_anywhere_and_keeps_its_place() -> 
     queue = queue_of(pinned, free, urgent, pending(pin=2), policy=policy)
     waiting = pending(pin=1)
     came_back = pending(pin=1)
-    queue.push(waiting, 0)
+    queue.push(waiting)
     queue.give_back([came_back])
     queue.unpin(1)
     queue.validate()
     slot = slot_of(0)
     assert drained(queue, slot) == [[came_back], [urgent, pinned, free], [waiting]]
     again = pending(pin=1)
-    queue.push(again, 1)  # the engine is back: nothing of what was there before is
+    queue.push(again)  # the engine is back: nothing of what was there before is
     assert drained(queue, slot_of(1)) == [[again]]
 
 
@@ -349,7 +349,7 @@ def test_unpinned_work_is_still_the_oldest() -> None:
     pinned, free = pending(pin=1), pending()
     queue = queue_of(pinned, free, policy=QueuePolicy(max_size=2, overflow=QueueOverflowPolicy.DROP_OLDEST))
     queue.unpin(1)
-    assert queue.push(pending(), 0) == [pinned]
+    assert queue.push(pending()) == [pinned]
 
 
 def test_a_stream_runs_alone_on_a_slot_that_takes_streams() -> None:
@@ -358,10 +358,10 @@ def test_a_stream_runs_alone_on_a_slot_that_takes_streams() -> None:
     assert members(queue.pull(0, slot_of(streams=False))) == [call]
     assert queue.pull(0, slot_of(streams=False)).batch is None
     second = pending(stream="more")
-    queue.push(second, 0)
+    queue.push(second)
     for_streams = slot_of(calls=False)
     assert drained(queue, for_streams) == [[stream], [second]]
-    queue.push(pending(), 0)
+    queue.push(pending())
     assert not queue.has_work(for_streams)
 
 
@@ -405,9 +405,9 @@ def test_the_tenant_with_the_least_cost_served_goes_first_whatever_the_deadlines
     queue = fair(pending(tenant="served"), max_batch_size=1)
     batch = queue.pull(0, slot).batch
     assert batch is not None
-    queue.push(newcomer := pending(tenant="new"), 0)  # a newcomer is level with the idle
+    queue.push(newcomer := pending(tenant="new"))  # a newcomer is level with the idle
     queue.finish(batch, 0.5, 1.0)
-    queue.push(urgent := pending(tenant="served", timeout=0.1, at=1.0), 1.0)
+    queue.push(urgent := pending(tenant="served", timeout=0.1, at=1.0))
     assert drained(queue, slot, now=1.0) == [[newcomer], [urgent]]
 
 
@@ -417,10 +417,10 @@ def test_class_comes_before_tenant() -> None:
     batch = queue.pull(0, slot).batch
     assert batch is not None
     background = pending(BACKGROUND, tenant="new")
-    queue.push(background, 0)
+    queue.push(background)
     queue.finish(batch, 0.5, 1.0)
     live = pending(tenant="served")
-    queue.push(live, 1.0)
+    queue.push(live)
     assert drained(queue, slot, now=1.0) == [[live], [background]]
 
 
@@ -429,14 +429,14 @@ def test_a_tenant_that_leaves_by_other_ways_is_no_longer_counted_as_active() -> 
     slot = slot_of()
     queue = fair(max_batch_size=1)
     gone = pending(tenant="gone")
-    queue.push(gone, 0)
+    queue.push(gone)
     queue.remove(gone)
     busy = [pending(tenant="busy", name=n) for n in range(3)]
     push_all(queue, busy)
     batch = queue.pull(0, slot).batch
     assert batch is not None
     queue.finish(batch, 1.0, 1.0)
-    queue.push(back := pending(tenant="gone", timeout=9), 1.0)
+    queue.push(back := pending(tenant="gone", timeout=9))
     assert [batch[0] for batch in drained(queue, slot, now=1.0)] == [busy[1], busy[2], back]
 
 

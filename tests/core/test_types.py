@@ -111,7 +111,7 @@ def test_metadata_has_nothing_to_say_by_default() -> None:
 
 
 def response(request_id: str | None = None, **outputs: np.ndarray) -> InferenceResponse:
-    return InferenceResponse(outputs, 0.1, 0.2, 4, request_id)
+    return InferenceResponse.of(outputs, 0.1, 0.2, 4, request_id)
 
 
 def test_the_first_output_is_the_output() -> None:

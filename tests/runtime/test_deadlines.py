@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ class Item:
 
     arrival: float
     deadline: float
+    timeout: float | None
     future: asyncio.Future[None]
 
 
@@ -28,17 +30,21 @@ class Bell:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.rung: list[tuple[float, Any, Alarm]] = []
-        self.deadlines = Deadlines(self.loop, self.loop.time, self.ring)
+        self.deadlines = Deadlines(self.loop.time, self.ring)
 
     def watch(self, seconds: float, alarm: Alarm = Alarm.DEADLINE) -> Item:
         """A request that arrives now, and is to be rung after so many seconds."""
-        now = self.loop.time()
-        item: Any = Item(now, now + seconds, self.loop.create_future())
+        item = self.item(seconds)
         if alarm is Alarm.DEADLINE:
-            self.deadlines.add_deadline(item, seconds)
+            self.deadlines.add_all([item])
         else:
             self.deadlines.add(item, seconds, alarm)
         return item
+
+    def item(self, seconds: float | None) -> Any:
+        """A request that arrives now."""
+        now = self.loop.time()
+        return Item(now, math.inf if seconds is None else now + seconds, seconds, self.loop.create_future())
 
     def ring(self, item: Any, alarm: Alarm) -> None:
         self.rung.append((self.loop.time(), item, alarm))
@@ -69,6 +75,35 @@ async def test_who_was_answered_is_not_rung() -> None:
         item.future.set_result(None)
     await asyncio.sleep(1)
     assert [item for _, item, _ in bell.rung] == items[1::2]
+
+
+@virtual
+async def test_who_arrives_together_is_rung_each_in_time() -> None:
+    """In one pass of the loop: equal timeouts, several, and none."""
+    bell = Bell()
+    items = [bell.item(seconds) for seconds in (0.03, None, 0.01, 0.03, 0.02, 0.01)]
+    bell.deadlines.add_all(items)
+    await asyncio.sleep(1)
+    assert [item for _, item, _ in bell.rung] == [items[index] for index in (2, 5, 4, 0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("answered", "kept"), [([0, 1, 2], 1), ([1, 2], 4), ([0, 2], 3), ([2, 1, 0], 1), ([0, 1, 2, 3], 0)]
+)
+@virtual
+async def test_the_front_of_a_line_goes_when_it_was_answered_and_takes_nobody_with_it(
+    answered: list[int], kept: int
+) -> None:
+    bell = Bell()
+    items = [bell.item(0.01) for _ in range(4)]
+    bell.deadlines.add_all(items)
+    members = [items[index] for index in answered]
+    for item in members:
+        item.future.set_result(None)
+    bell.deadlines.answered(members)
+    assert len(bell.deadlines) == kept
+    await asyncio.sleep(1)
+    assert [item for _, item, _ in bell.rung] == [item for item in items if item not in members]
 
 
 @virtual

@@ -99,13 +99,13 @@ async def test_repr_says_what_statistics_say() -> None:
 )
 def test_a_percentile_is_right_to_within_a_bucket(percent: float, expected: float) -> None:
     histogram = Histogram()
-    histogram.extend([0.010] * 95 + [1.0] * 5)
+    histogram.extend([-0.010] * 95 + [-1.0] * 5, 0.0)
     assert histogram.percentile(percent) == pytest.approx(expected, rel=0.2)
 
 
 def test_what_is_beyond_the_buckets_counts_as_the_last() -> None:
     histogram = Histogram()
-    histogram.extend([1e6])
+    histogram.extend([0.0], 1e6)
     assert histogram.percentile(50) == pytest.approx(140, rel=0.25)
 
 

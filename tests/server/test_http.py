@@ -381,7 +381,7 @@ class Recording:
         self.keywords = keywords
         if self.failure is not None:
             raise self.failure
-        return InferenceResponse({"y": np.zeros(1)}, 0.0, 0.0, 1)
+        return InferenceResponse.of({"y": np.zeros(1)}, 0.0, 0.0, 1)
 
     def model_info(self) -> ModelInfo:
         return ModelInfo("inner")

@@ -19,7 +19,7 @@ from kapsl_scheduler.core.batch import Shape
 from kapsl_scheduler.errors import InvalidInput
 from kapsl_scheduler.types import Array, ModelInfo, Priority, Tensors, TensorSpec, dtype_name, numpy_dtype
 
-__all__ = ["Admission", "Admitted", "RequestProfile", "check_timeout", "determine_priority"]
+__all__ = ["Admission", "Admitted", "PlainInput", "RequestProfile", "check_timeout", "determine_priority"]
 
 UNDECLARED_INPUT: Final = "input"
 """The name of the one input of a model that declares none."""
@@ -63,9 +63,9 @@ def check_timeout(name: str, seconds: float) -> float:
     raise InvalidInput(f"{name}: expected more than 0 seconds, got {seconds!r}")
 
 
-Admitted = tuple[dict[str, Array], int, Shape, bool, int]
-"""A valid request: its inputs, its rows, what it shares batches with, whether its caller left the
-batch axis out, its bytes. A plain tuple: a named one costs every request half of what admission costs."""
+Admitted = tuple[tuple[Array, ...], int, Shape, bool, int]
+"""A valid request: its inputs under the names of its shape, its rows, what it shares batches with, whether its caller
+left the batch axis out, its bytes. A plain tuple: a named one costs every request half of what admission costs."""
 
 
 class Admission:
@@ -76,23 +76,21 @@ class Admission:
         self.max_rows = max_rows
         self._specs = {spec.name: spec for spec in info.inputs}
         self._shapes: WeakValueDictionary[tuple[object, ...], Shape] = WeakValueDictionary()
-        self._only: _OnlyInput | None = None
+        self.plain: PlainInput | None = None
         if len(info.inputs) == 1 and info.batchable:
             spec = info.inputs[0]
             inner = spec.shape[1:]
             if spec.batch_axis == 0 and spec.dtype != "string" and all(isinstance(size, int) for size in inner):
-                self._only = _OnlyInput(spec, Shape(inner, batchable=True))
+                self.plain = PlainInput(spec, Shape(inner, (spec.name,), batchable=True), max_rows)
 
     def admit(self, inputs: Any) -> Admitted:
         """The request's arrays, checked. Raises `InvalidInput`; more rows than `max_rows` are invalid too."""
-        only = self._only
-        if only is not None and type(inputs) is np.ndarray and inputs.dtype == only.dtype:
-            # The common case, kept bare: one array for a model with one input of fixed inner dimensions.
-            shape = inputs.shape
-            if shape == only.inner:
-                return {only.name: inputs}, 1, only.shape, True, only.nbytes
-            if shape[1:] == only.inner and 0 < shape[0] <= self.max_rows:
-                return {only.name: inputs}, shape[0], only.shape, False, only.nbytes * shape[0]
+        plain = self.plain
+        if plain is not None:
+            array = inputs.get(plain.name) if type(inputs) is dict and len(inputs) == 1 else inputs
+            if type(array) is np.ndarray and array.dtype == plain.dtype and array.shape in plain.shapes:
+                rows, bare, nbytes = plain.shapes[array.shape]
+                return (array,), rows, plain.shape, bare, nbytes
         admitted = self.normalise(inputs)
         if admitted[1] > self.max_rows:
             raise InvalidInput(f"the request has {admitted[1]} rows, expected at most {self.max_rows} (max_batch_size)")
@@ -115,7 +113,7 @@ class Admission:
         for spec in self.info.inputs:
             _check_dimensions(spec, arrays[spec.name], sizes)
         rows = self._rows(arrays)
-        return arrays, rows, self._shape_of(arrays), bare, _nbytes(arrays)
+        return tuple(arrays.values()), rows, self._shape_of(arrays), bare, _nbytes(arrays)
 
     def _named(self, inputs: Any) -> dict[str, Any]:
         if isinstance(inputs, Mapping):
@@ -160,8 +158,8 @@ class Admission:
         return 1 if rows is None else rows
 
     def _shape_of(self, arrays: Mapping[str, Array]) -> Shape:
-        if self._only is not None:
-            return self._only.shape
+        if self.plain is not None:
+            return self.plain.shape
         key: list[object] = []
         for spec in self.info.inputs:
             array = arrays[spec.name]
@@ -172,18 +170,18 @@ class Admission:
                 # The same for all members of a batch, so its value is part of what they have in common.
                 value = tuple(array.ravel().tolist()) if array.dtype == object else array.tobytes()
                 key.append((array.shape, value))
-        return self._intern(tuple(key), batchable=self.info.batchable)
+        return self._intern(tuple(key), tuple(arrays))
 
     def _undeclared(self, named: Mapping[str, Any]) -> Admitted:
         """A model that declares no inputs: what came must agree in rows on axis 0, where it is batched at all."""
-        arrays = {name: _any_array(name, value) for name, value in named.items()}
+        arrays = {name: _any_array(name, named[name]) for name in sorted(named)}
         if not arrays:
             raise InvalidInput("no inputs came, expected at least one array")
         inner = 1 if self.info.batchable else 0
-        key = tuple((name, array.dtype.str, array.shape[inner:]) for name, array in sorted(arrays.items()))
-        shape = self._intern(key, batchable=self.info.batchable)
+        key = tuple((name, array.dtype.str, array.shape[inner:]) for name, array in arrays.items())
+        shape = self._intern(key, tuple(arrays))
         if not self.info.batchable:
-            return arrays, 1, shape, False, _nbytes(arrays)
+            return tuple(arrays.values()), 1, shape, False, _nbytes(arrays)
         rows: int | None = None
         for name, array in arrays.items():
             if array.ndim == 0 or array.shape[0] == 0:
@@ -191,25 +189,28 @@ class Admission:
             if rows is not None and array.shape[0] != rows:
                 raise InvalidInput(f"input {name!r}: {array.shape[0]} rows, expected {rows} as in the other inputs")
             rows = array.shape[0]
-        return arrays, rows or 1, shape, False, _nbytes(arrays)
+        return tuple(arrays.values()), rows or 1, shape, False, _nbytes(arrays)
 
-    def _intern(self, key: tuple[object, ...], *, batchable: bool) -> Shape:
+    def _intern(self, key: tuple[object, ...], names: tuple[str, ...]) -> Shape:
         shape = self._shapes.get(key)
         if shape is None:
-            shape = self._shapes[key] = Shape(key, batchable=batchable)
+            shape = self._shapes[key] = Shape(key, names, batchable=self.info.batchable)
         return shape
 
 
-class _OnlyInput:
-    """What the common case compares with."""
+class PlainInput:
+    """Of a model with one input of fixed inner dimensions: all that one array may be. `shapes` has every shape that it
+    may have, and what admission says of it: its rows, whether it lacks the batch axis, its bytes."""
 
-    __slots__ = ("dtype", "inner", "name", "nbytes", "shape")
+    __slots__ = ("dtype", "name", "shape", "shapes")
 
-    def __init__(self, spec: TensorSpec, shape: Shape) -> None:
+    def __init__(self, spec: TensorSpec, shape: Shape, max_rows: int) -> None:
+        inner = tuple(size for size in spec.shape[1:] if isinstance(size, int))
         self.name = spec.name
         self.dtype = numpy_dtype(spec.dtype)
-        self.inner = tuple(spec.shape[1:])
-        self.nbytes = math.prod(size for size in self.inner if isinstance(size, int)) * self.dtype.itemsize
+        nbytes = math.prod(inner) * self.dtype.itemsize
+        self.shapes = {(rows, *inner): (rows, False, nbytes * rows) for rows in range(1, max_rows + 1)}
+        self.shapes[inner] = (1, True, nbytes)
         self.shape = shape
 
 

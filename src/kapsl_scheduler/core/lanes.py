@@ -1,6 +1,7 @@
-"""The containers under the queue: a lane holds requests that may share a batch, a class its lanes.
+"""The containers under the queue: a lane holds requests that may share a batch, a class its lanes, a backlog all.
 
-Order and removal live here; which class leads, how large a batch is and what a full queue does: core.queue.
+Order and removal live here; which class leads and how large a batch is: core.forming; what a full queue does:
+core.queue.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Final
 
 from kapsl_scheduler.core.batch import Pending, State
 from kapsl_scheduler.core.latency import Deviation, LatencyModel, LatencyTable
+from kapsl_scheduler.core.shares import TenantLedger
 from kapsl_scheduler.types import Priority
 
-__all__ = ["ClassQueue", "Lane", "Slot", "most_urgent"]
+__all__ = ["Backlog", "ClassQueue", "Lane", "Slot", "most_urgent"]
 
 QUEUED: Final = State.QUEUED
 RUNNING: Final = State.RUNNING
+DONE: Final = State.DONE
 _EMPTY_LANES: Final = 32  # empty lanes kept for the next request of their kind
 _GARBAGE: Final = 64  # dead entries tolerated beyond the live ones before a container is rebuilt
 
@@ -66,7 +69,7 @@ class Lane:
     skipped when met, and swept when it outnumbers the living.
     """
 
-    __slots__ = ("_fifo", "_heap", "count", "pin", "priority", "rows", "shape", "stream", "tenant")
+    __slots__ = ("_dead", "_fifo", "_heap", "count", "pin", "priority", "rows", "shape", "stream", "tenant")
 
     def __init__(self, first: Pending) -> None:
         self.priority = first.priority
@@ -76,39 +79,38 @@ class Lane:
         self.stream = first.stream is not None
         self.count = 0
         self.rows = 0
+        self._dead = 0  # entries of requests that have left from the middle
         self._fifo: deque[Pending] = deque()
         self._heap: list[tuple[float, int, Pending]] = []
 
-    def push(self, item: Pending) -> None:
-        item.state = QUEUED
-        item.lane = self
+    def extend(self, items: Sequence[Pending]) -> None:
+        """Queue requests, in the order of their arrival."""
         fifo = self._fifo
-        urgency = item.urgency
-        if (
-            not fifo
-            or urgency > (last := fifo[-1]).urgency
-            or (urgency == last.urgency and item.sequence > last.sequence)
-        ):
-            fifo.append(item)
-        else:
-            heapq.heappush(self._heap, (item.urgency, item.sequence, item))
-        self.count += 1
-        self.rows += item.rows
+        urgency, sequence = (fifo[-1].urgency, fifo[-1].sequence) if fifo else (-math.inf, 0)
+        rows = 0
+        for item in items:
+            item.state = QUEUED
+            rows += item.rows
+            if item.urgency > urgency or (item.urgency == urgency and item.sequence > sequence):
+                fifo.append(item)
+                urgency, sequence = item.urgency, item.sequence
+            else:
+                heapq.heappush(self._heap, (item.urgency, item.sequence, item))
+        self.count += len(items)
+        self.rows += rows
 
     def head(self) -> Pending | None:
         """The most urgent request, left in place."""
         fifo, heap = self._fifo, self._heap
         while fifo and fifo[0].state is not QUEUED:
             fifo.popleft()
-        if not heap:
-            return fifo[0] if fifo else None
+            self._dead -= 1
         while heap and heap[0][2].state is not QUEUED:
             heapq.heappop(heap)
-        if not heap:
-            return fifo[0] if fifo else None
-        if fifo and (fifo[0].urgency, fifo[0].sequence) < heap[0][:2]:
-            return fifo[0]
-        return heap[0][2]
+            self._dead -= 1
+        if heap and not (fifo and (fifo[0].urgency, fifo[0].sequence) < heap[0][:2]):
+            return heap[0][2]
+        return fifo[0] if fifo else None
 
     def first(self) -> Pending:
         """The most urgent request of a lane that has work, left in place."""
@@ -119,18 +121,12 @@ class Lane:
     def take(self, room: int, latest: float, members: list[Pending], at_most: float = math.inf) -> int:
         """Move requests in order into `members` while their rows fit `room`; they are RUNNING then. The first member of
         a batch fits in any case. Stops at one that fits but is due before `latest`. Returns the rows moved."""
-        fifo, heap = self._fifo, self._heap
         rows = count = 0
         while count < at_most:
-            item = fifo[0] if fifo else None
-            if heap or (item is not None and item.state is not QUEUED):
-                item = self.head()
+            item = self.head()
             if item is None or (rows + item.rows > room and members) or item.deadline < latest:
                 break
-            if heap:
-                self._pop(item)
-            else:
-                fifo.popleft()
+            self._pop(item)
             item.state = RUNNING
             members.append(item)
             rows += item.rows
@@ -138,6 +134,22 @@ class Lane:
         self.count -= count
         self.rows -= rows
         return rows
+
+    def take_single_rows(self, room: int, latest: float) -> list[Pending] | None:
+        """The common case, kept bare: the first `room` of requests of one row each, of whom nobody has left from the
+        middle and nobody is due before `latest`. None if it is not so."""
+        fifo = self._fifo
+        # A deadline never comes before its urgency, which does not fall along the queue.
+        if self._dead or self._heap or self.rows != self.count or fifo[0].urgency < latest:
+            return None
+        count = min(room, self.count)
+        popleft = fifo.popleft
+        taken = [popleft() for _ in range(count)]
+        for item in taken:
+            item.state = RUNNING
+        self.count -= count
+        self.rows -= count
+        return taken
 
     def _pop(self, item: Pending) -> None:
         """Take out what `head` has just returned."""
@@ -150,10 +162,12 @@ class Lane:
         """Account for a request that leaves from anywhere; its state no longer says QUEUED."""
         self.count -= 1
         self.rows -= item.rows
-        if len(self._fifo) + len(self._heap) > 2 * self.count + _GARBAGE:
+        self._dead += 1
+        if self._dead > self.count + _GARBAGE:
             self._fifo = deque(item for item in self._fifo if item.state is QUEUED)
             self._heap = [entry for entry in self._heap if entry[2].state is QUEUED]
             heapq.heapify(self._heap)
+            self._dead = 0
 
     def __iter__(self) -> Iterator[Pending]:
         """The living, in no particular order."""
@@ -166,9 +180,9 @@ class Lane:
 
 
 class ClassQueue:
-    """The requests of one class: its lanes, those returned to run alone, and the order of arrival."""
+    """The requests of one class: its lanes, and those returned to run alone."""
 
-    __slots__ = ("_arrivals", "_lanes", "_latest", "_sweep_at", "count", "priority", "returned", "rows", "urged")
+    __slots__ = ("_arrivals", "_lanes", "_latest", "count", "priority", "returned", "rows", "urged")
 
     def __init__(self, priority: Priority) -> None:
         self.priority = priority
@@ -177,28 +191,26 @@ class ClassQueue:
         self.returned: deque[Pending] = deque()
         self.urged = float("-inf")  # when more urgent work last arrived: it ends the delay of what was there
         self._lanes: dict[object, Lane] = {}
-        self._latest: Lane | None = None  # where the last request was put
-        self._arrivals: deque[Pending] = deque()
-        self._sweep_at = _GARBAGE
+        self._latest: Lane | None = None  # where the last requests were put
+        self._arrivals: deque[Pending] | None = None  # see `by_arrival`
 
-    def push(self, item: Pending) -> None:
-        plain = item.tenant is None and item.pin is None and item.stream is None
-        lane = self._latest = (self._lanes.get(item.shape) if plain else None) or self._lane_of(item)
-        lane.push(item)
-        self.count += 1
-        self.rows += item.rows
+    def extend(self, items: Sequence[Pending]) -> None:
+        """Queue requests that belong in one lane, in the order of their arrival."""
+        lane = self._latest = self._lane_of(items[0])
+        before = lane.rows
+        lane.extend(items)
+        self.count += len(items)
+        self.rows += lane.rows - before
         arrivals = self._arrivals
-        arrivals.append(item)
-        # Mostly the first to arrive are the first to leave; what stays behind them is swept.
-        while arrivals[0].state is not QUEUED:
-            arrivals.popleft()
-        if len(arrivals) > self._sweep_at:
-            self._arrivals = deque(item for item in arrivals if item.state is QUEUED)
-            self._sweep_at = 2 * len(self._arrivals) + _GARBAGE
+        if arrivals is not None:
+            arrivals.extend(items)
+            in_order = len(arrivals) == len(items) or arrivals[-len(items) - 1].sequence < items[0].sequence
+            if not in_order or len(arrivals) > 2 * self.count + _GARBAGE:
+                self._arrivals = None
 
     def discard(self, item: Pending) -> None:
         """Account for a queued request that leaves from anywhere; its state no longer says QUEUED."""
-        item.lane.discard(item)
+        self._lanes[_lane_key(item)].discard(item)
         self.left(1, item.rows)
 
     def left(self, count: int, rows: int) -> None:
@@ -206,7 +218,7 @@ class ClassQueue:
         self.count -= count
         self.rows -= rows
         if not self.count:
-            self._arrivals.clear()  # else the last burst would be held until the next request
+            self._arrivals = None  # else the last burst would be held until the next request
 
     def unpin(self, engine: int) -> None:
         """Requests pinned to the engine may run anywhere; they keep their place."""
@@ -215,10 +227,11 @@ class ClassQueue:
             if lane.pin == engine:
                 del self._lanes[key]
                 for item in lane:
-                    item.pin = None
-                    self._lane_of(item).push(item)
+                    item.unpin()
+                    self._lane_of(item).extend([item])
         for item in self.returned:
-            item.pin = None if item.pin == engine else item.pin
+            if item.pin == engine:
+                item.unpin()
 
     def forget(self) -> None:
         """Drop what the containers still hold of requests that have left: they may be queued again elsewhere, and
@@ -226,7 +239,13 @@ class ClassQueue:
         self.returned.clear()
         self._lanes.clear()
         self._latest = None
-        self._arrivals.clear()
+        self._arrivals = None
+
+    def only_lane(self) -> Lane | None:
+        """The lane in which all of the class stands, if that is so and any engine may run it."""
+        lane = self._latest
+        plain = lane is not None and lane.count == self.count and lane.pin is None and not lane.stream
+        return lane if plain else None
 
     def lanes(self, slot: Slot) -> list[Lane]:
         """The lanes with work that the slot may run."""
@@ -249,29 +268,89 @@ class ClassQueue:
 
     def newest_first(self) -> Iterator[Pending]:
         """The queued requests from the last to arrive."""
-        arrivals = self._arrivals
+        arrivals = self._by_arrival()
         while arrivals and arrivals[-1].state is not QUEUED:
             arrivals.pop()
         return (item for item in reversed(arrivals) if item.state is QUEUED)
 
     def oldest_first(self) -> Iterator[Pending]:
         """The queued requests from the first to arrive."""
-        arrivals = self._arrivals
+        arrivals = self._by_arrival()
         while arrivals and arrivals[0].state is not QUEUED:
             arrivals.popleft()
         return (item for item in arrivals if item.state is QUEUED)
 
+    def _by_arrival(self) -> deque[Pending]:
+        """The queued requests by arrival, some that have left among them. It is made when somebody is to make room and
+        kept up from then on until the class runs empty: where nobody is evicted it would be work for nothing."""
+        if self._arrivals is None:
+            queued = [item for lane in self._lanes.values() for item in lane]
+            self._arrivals = deque(sorted(queued, key=lambda item: item.sequence))
+        return self._arrivals
+
     def _lane_of(self, item: Pending) -> Lane:
-        key: object = item.shape
-        if item.tenant is not None or item.pin is not None or item.stream is not None:
-            key = (item.shape, item.tenant, item.pin, item.stream is not None)
+        key = _lane_key(item)
         lane = self._lanes.get(key)
         if lane is None:
             if len(self._lanes) > _EMPTY_LANES:
                 self._lanes = {key: lane for key, lane in self._lanes.items() if lane.count}
-            lane = Lane(item)
-            self._lanes[key] = lane
+            lane = self._lanes[key] = Lane(item)
         return lane
+
+
+def _lane_key(item: Pending) -> object:
+    return item.shape if item.apart is None else (item.shape, item.apart)
+
+
+class Backlog:
+    """All that is queued, by class, and the tenants that it belongs to.
+
+    `count_bytes`: whether `queued_bytes` is kept, `fair`: whether `tenants` is; nobody asks otherwise.
+    """
+
+    __slots__ = ("_count_bytes", "classes", "fair", "queued", "queued_bytes", "tenants")
+
+    def __init__(self, *, count_bytes: bool, fair: bool) -> None:
+        self.classes = tuple(ClassQueue(priority) for priority in Priority)
+        self.queued = 0
+        self.queued_bytes = 0
+        self.fair = fair
+        self.tenants = TenantLedger()
+        self._count_bytes = count_bytes
+
+    @property
+    def rows(self) -> int:
+        """Rows queued, of all classes."""
+        return sum(queue.rows for queue in self.classes)
+
+    def extend(self, items: Sequence[Pending]) -> None:
+        """Queue requests of one class and one lane, in the order of their arrival."""
+        self.classes[items[0].priority].extend(items)
+        self.queued += len(items)
+        if self._count_bytes:
+            self.queued_bytes += sum(item.nbytes for item in items)
+        if self.fair:
+            for item in items:
+                self.tenants.arrive(item.tenant)
+
+    def discard(self, item: Pending) -> None:
+        """Take out a queued request: it is DONE then."""
+        item.state = DONE
+        self.classes[item.priority].discard(item)
+        self._gone([item])
+
+    def left(self, queue: ClassQueue, items: Sequence[Pending], rows: int) -> None:
+        """Account for requests that have just been taken out of their lane."""
+        queue.left(len(items), rows)
+        self._gone(items)
+
+    def _gone(self, items: Sequence[Pending]) -> None:
+        self.queued -= len(items)
+        if self._count_bytes:
+            self.queued_bytes -= sum(item.nbytes for item in items)
+        if self.fair:
+            for item in items:
+                self.tenants.leave(item.tenant)
 
 
 def most_urgent(lanes: Sequence[Lane], cost: Mapping[str | None, float]) -> Lane | None:

@@ -9,8 +9,7 @@ import asyncio
 import enum
 import heapq
 import math
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from kapsl_scheduler.core.batch import Pending
@@ -19,7 +18,7 @@ from kapsl_scheduler.ports import Clock
 __all__ = ["Alarm", "Deadlines"]
 
 _LINES: Final = 16
-_GARBAGE: Final = 256  # entries of answered requests tolerated in a line or the heap before the first sweep
+_GARBAGE: Final = 256  # entries of answered requests tolerated in a line or the heap beyond the others
 
 
 class Alarm(enum.IntEnum):
@@ -36,17 +35,14 @@ class Deadlines:
     """Calls `on_alarm(item, alarm)` on the loop for every moment that comes while the item's future is pending.
 
     Deadlines that are equally far ahead come in the order in which they were added, so each distance has a plain line
-    and adding costs no comparison; distances beyond the first sixteen, and the rarer alarms, share a heap. Requests
-    that were answered are dropped from the front of their line when the next one joins it.
+    and adding costs no comparison; distances beyond the first sixteen, and the rarer alarms, share a heap. Who was
+    answered is dropped in bulk: the members of a batch mostly are the front of their line. The rest is swept.
     """
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, clock: Clock, on_alarm: Callable[[Pending, Alarm], None]
-    ) -> None:
-        self._loop = loop
+    def __init__(self, clock: Clock, on_alarm: Callable[[Pending, Alarm], None]) -> None:
         self._clock = clock
         self._on_alarm = on_alarm
-        self._lines: dict[float, deque[Pending]] = {}
+        self._lines: dict[float | None, list[Pending]] = {}
         self._heap: list[tuple[float, int, Alarm, Pending]] = []
         self._count = 0
         self._sweep_at = _GARBAGE
@@ -56,21 +52,38 @@ class Deadlines:
     def __len__(self) -> int:
         return len(self._heap) + sum(map(len, self._lines.values()))
 
-    def add_deadline(self, item: Pending, timeout: float) -> None:
-        """Watch for the item's deadline, `timeout` seconds after its arrival."""
+    def add_all(self, items: Sequence[Pending]) -> None:
+        """Watch for the deadlines of requests, given in the order of their arrival."""
+        timeouts = {item.timeout for item in items}
+        if len(timeouts) == 1:  # as mostly
+            self._add_alike(items)
+        else:
+            for timeout in timeouts:
+                self._add_alike([item for item in items if item.timeout == timeout])
+
+    def _add_alike(self, items: Sequence[Pending]) -> None:
+        timeout = items[0].timeout
+        if timeout is None:
+            return
         line = self._lines.get(timeout)
         if line is None:
             line = self._new_line(timeout)
             if line is None:
-                self.add(item, timeout, Alarm.DEADLINE)
+                for item in items:
+                    self.add(item, timeout, Alarm.DEADLINE)
                 return
-        line.append(item)
-        while line[0].future.done():
-            line.popleft()
-        if len(line) > self._sweep_at:  # one that waits long keeps those behind it
+        line += items
+        if len(line) > self._sweep_at:
             self._sweep()
-        if item.deadline < self._timer_at:
-            self._set_timer(item.deadline)
+        if items[0].deadline < self._timer_at:
+            self._set_timer(items[0].deadline)
+
+    def answered(self, members: list[Pending]) -> None:
+        """The members of a batch have had their answers."""
+        line = self._lines.get(members[0].timeout)
+        if line and line[0].future.done():
+            size = len(members)
+            del line[: size if line[:size] == members else _leading(line, -math.inf)]
 
     def add(self, item: Pending, seconds: float, alarm: Alarm) -> None:
         """Watch for the moment `seconds` after the item's arrival."""
@@ -90,36 +103,39 @@ class Deadlines:
             self._timer.cancel()
             self._timer = None
 
-    def _new_line(self, timeout: float) -> deque[Pending] | None:
+    def _new_line(self, timeout: float) -> list[Pending] | None:
         if len(self._lines) >= _LINES:
             self._lines = {key: line for key, line in self._lines.items() if line}
         if len(self._lines) >= _LINES:
             return None
-        line = self._lines[timeout] = deque()
+        line: list[Pending] = []
+        self._lines[timeout] = line
         return line
 
     def _sweep(self) -> None:
         self._heap = [entry for entry in self._heap if not entry[3].future.done()]
         heapq.heapify(self._heap)
-        for timeout, line in self._lines.items():
-            self._lines[timeout] = deque(item for item in line if not item.future.done())
+        for line in self._lines.values():
+            line[:] = [item for item in line if not item.future.done()]
         self._sweep_at = 2 * len(self) + _GARBAGE
 
     def _set_timer(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = when
-        self._timer = self._loop.call_later(max(when - self._clock(), 0.0), self._ring)
+        seconds = max(when - self._clock(), 0.0)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
 
     def _ring(self) -> None:
         now = self._clock()
         self._timer, self._timer_at = None, math.inf
         heap = self._heap
         for line in self._lines.values():
-            while line and (line[0].deadline <= now or line[0].future.done()):
-                item = line.popleft()
+            over = _leading(line, now)
+            for item in line[:over]:
                 self._count += 1
                 heapq.heappush(heap, (item.deadline, self._count, Alarm.DEADLINE, item))
+            del line[:over]
         while heap and (heap[0][0] <= now or heap[0][3].future.done()):
             _, _, alarm, item = heapq.heappop(heap)
             if not item.future.done():
@@ -129,3 +145,13 @@ class Deadlines:
             earliest = min(earliest, heap[0][0])
         if earliest < self._timer_at:
             self._set_timer(earliest)
+
+
+def _leading(line: list[Pending], now: float) -> int:
+    """How many at the front of a line have had their answer, or whose deadline has come."""
+    count = 0
+    for item in line:
+        if item.deadline > now and not item.future.done():
+            break
+        count += 1
+    return count

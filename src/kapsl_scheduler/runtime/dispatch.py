@@ -16,11 +16,11 @@ from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 from kapsl_scheduler.core.admission import Admission
-from kapsl_scheduler.core.batch import Batch, BatchPolicy, Layout, Pending
+from kapsl_scheduler.core.batch import Batch, BatchPolicy, Layout, Pending, State
 from kapsl_scheduler.core.lanes import Slot
 from kapsl_scheduler.core.latency import Deviation
 from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy, RequestQueue
-from kapsl_scheduler.errors import Unavailable
+from kapsl_scheduler.errors import EngineError, Overloaded, Unavailable
 from kapsl_scheduler.ports import Clock, Engine
 from kapsl_scheduler.runtime.metrics import EngineHealth
 from kapsl_scheduler.runtime.worker import LOOP_CALL_LIMIT, EngineState, Outcome, TaskWorker, ThreadWorker, Worker
@@ -38,6 +38,18 @@ wall time includes whatever else was given the processor meanwhile."""
 class Listener(Protocol):
     """Who is told, on the loop's thread, what became of the calls."""
 
+    def let_in(self, arrivals: Sequence[Pending]) -> None:
+        """Requests have arrived; some may wait for room, or are about to be turned away."""
+
+    def waits(self, item: Pending, seconds: float) -> None:
+        """A request waits for room, and for so long at most."""
+
+    def turn_away(self, item: Pending, refusal: EngineError) -> None:
+        """A request that has just arrived does not get in."""
+
+    def evict(self, items: Sequence[Pending], eviction: EngineError) -> None:
+        """Queued requests have made room for others."""
+
     def settle(self, dispatch: Dispatch, outcomes: Sequence[Outcome], late: Sequence[Pending]) -> None:
         """Calls have ended, and requests were found too late for theirs."""
 
@@ -48,8 +60,11 @@ class Listener(Protocol):
 class Dispatch:
     """A queue, its lock, and the slots that pull from it.
 
-    `listener` is told on the loop of the outcomes of calls and of the requests that were found too late, in one wake-up
-    for all that ended since the last.
+    Requests are offered one by one and let in together, at the end of the pass of the loop in which they came: what
+    they have in common is done once. Whoever looks at the queue from the loop lets them in first.
+
+    `listener` is told on the loop of who was let in, of the outcomes of calls and of the requests that were found too
+    late, in one wake-up for all that ended since the last.
     """
 
     def __init__(
@@ -76,8 +91,9 @@ class Dispatch:
         self.works = True
         """Whether there is an engine that is not lost. True before they are loaded: the queue takes requests then."""
         self._listener = listener
+        self.arrivals: list[Pending] = []
         self._idle: list[Worker] = []
-        self._armed = False
+        self.armed = False
         self._outcomes: list[Outcome] = []
         self._late: list[Pending] = []
         self._notified = False
@@ -122,6 +138,7 @@ class Dispatch:
 
     def shut(self) -> tuple[list[Pending], list[Pending]]:
         """Let no slot pull any more. Returns who waited for room, and who was queued or is running."""
+        self.let_in()
         with self.lock:
             self.stopping = True
             self._idle.clear()
@@ -152,17 +169,69 @@ class Dispatch:
 
     # ------------------------------------------------------------------------------ the loop's side
 
-    def arm(self) -> None:
-        """After a push: wake a slot at the end of this pass of the loop, so that all who are ready now join its batch.
-        Called under the lock."""
-        if self._idle and not self._armed:
-            self._armed = True
-            self.loop.call_soon(self._wake)
+    def offer(self, item: Pending) -> None:
+        """A request arrives. Its future hears if there is no room for it."""
+        self.arrivals.append(item)
+        if not self.armed:
+            self.turn_soon()
 
-    def _wake(self) -> None:
-        """Wake one idle slot (it wakes the next if there is more to do), or run its batch here."""
+    def turn_soon(self) -> None:
+        """Let in who arrived and wake a slot at the end of this pass of the loop, so that all who are ready now join
+        its batch."""
+        if not self.armed:
+            self.armed = True
+            self.loop.call_soon(self._turn)
+
+    def let_in(self) -> None:
+        """Queue who has arrived."""
+        arrivals = self.arrivals
+        if not arrivals:
+            return
+        self.arrivals = []
+        self._listener.let_in(arrivals)
         with self.lock:
-            self._armed = False
+            count = self.queue.push_many(arrivals)
+        if count < len(arrivals):
+            self._let_in_singly(arrivals[count:])
+
+    def _let_in_singly(self, arrivals: Sequence[Pending]) -> None:
+        """There may be no room for them at once: the policy says what becomes of each, and who must go for it."""
+        for item in arrivals:
+            patience = self.queue.policy.block_timeout if item.block_timeout is None else item.block_timeout
+            try:
+                with self.lock:
+                    evicted = self.queue.push(item, item.overflow, may_wait=patience != 0)
+                    eviction = self.queue.evicted() if evicted else None
+            except EngineError as refusal:
+                self._listener.turn_away(item, refusal)
+                continue
+            if eviction is not None:
+                self._listener.evict(evicted, eviction)
+            elif patience is not None and item.state is State.WAITING:
+                self._listener.waits(item, patience)
+
+    def take_out(self, item: Pending) -> State:
+        """Take a request out of the queue, wherever it stands there. Returns where that was."""
+        self.let_in()
+        with self.lock:
+            state = item.state
+            if self.queue.remove(item):
+                self.turn_soon()
+        return state
+
+    def give_up_room(self, item: Pending) -> Overloaded | None:
+        """A request waits for room no longer. Returns its refusal; None if it has got in meanwhile."""
+        with self.lock:
+            if item.state is not State.WAITING:
+                return None
+            self.queue.remove(item)
+            return Overloaded("there was no room in the queue in time", retry_after=self.queue.drain_time())
+
+    def _turn(self) -> None:
+        """Let in who arrived; then wake one idle slot (it wakes the next if there is more), or run its batch here."""
+        self.armed = False
+        self.let_in()
+        with self.lock:
             worker = self._claim_idle()
             if worker is None:
                 return
@@ -198,11 +267,10 @@ class Dispatch:
             lost = worker.state.lost
             if not lost:
                 self._idle.append(worker)
-                if self.queue.has_work(worker.slot):
-                    self.arm()
         if lost:
             worker.wake()  # its thread asks for the engine's health
         self._listener.settle(self, [outcome], late)
+        self.turn_soon()  # after those who have just had their answers, and may ask again
 
     def _deliver(self) -> None:
         with self.lock:
@@ -217,8 +285,7 @@ class Dispatch:
                 predicted = outcome.state.latency[batch.shape].lower(batch.rows, now)
                 if predicted and batch.members[0].stream is None:
                     self.delivery.observe(now - batch.started - predicted)
-            if self.queue.queued:
-                self.arm()  # a slot may have given way
+        self.turn_soon()  # after those who have just had their answers, and may ask again
 
     def take_over(self, item: Pending, *, may_wait: bool) -> None:
         """Queue a request of a dispatch none of whose engines works; one that was in the lost call comes back alone.
@@ -226,8 +293,8 @@ class Dispatch:
         if item.losses:
             self.queue.give_back([item])
         else:
-            self.queue.push(item, self.clock(), QueueOverflowPolicy.BLOCK, may_wait=may_wait)
-        self.arm()
+            self.queue.push(item, QueueOverflowPolicy.BLOCK, may_wait=may_wait)
+        self.turn_soon()
 
     def running(self) -> list[Pending]:
         """The members of the calls that are being made."""
@@ -236,6 +303,7 @@ class Dispatch:
 
     def depth(self) -> int:
         """Requests queued and running."""
+        self.let_in()
         with self.lock:
             return self.queue.queued + len(self.running())
 

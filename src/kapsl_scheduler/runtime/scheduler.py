@@ -1,65 +1,50 @@
-"""Scheduler: one model on one machine. Admission, deadlines, outcomes and the books; the public way in.
+"""Scheduler: one model on one machine. The public calls, and the life of it all.
 
 The loop that entered the scheduler owns all futures, timers and counters here; slots own theirs (runtime.worker), and
-the queue decides (core.queue). What is not here: callers without a loop (runtime.sync), many models (runtime.registry).
+the queue decides (core.queue). What is not here: how a request enters (runtime.entrance) and what becomes of it
+(runtime.settlement), callers without a loop (runtime.sync), many models (runtime.registry).
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from threading import get_ident
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
-from kapsl_scheduler.core.admission import Admission, Admitted, RequestProfile, check_timeout
+from kapsl_scheduler.core.admission import Admission
 from kapsl_scheduler.core.batch import BatchPolicy, Pending, State
-from kapsl_scheduler.core.queue import DEFAULT_HORIZON, QueueOverflowPolicy, QueuePolicy
-from kapsl_scheduler.core.routing import rendezvous
+from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
 from kapsl_scheduler.errors import (
     DeadlineExceeded,
     EngineError,
     InvalidInput,
     ModelLoadError,
     ModelNotLoaded,
-    Overloaded,
     Unavailable,
 )
 from kapsl_scheduler.ports import Clock, Engine, Observer
 from kapsl_scheduler.runtime.deadlines import Alarm, Deadlines
 from kapsl_scheduler.runtime.dispatch import Dispatch
+from kapsl_scheduler.runtime.entrance import Entrance, Phase, PriorityPolicy
 from kapsl_scheduler.runtime.metrics import EngineHealth, SchedulerHealth, SchedulerStatistics
 from kapsl_scheduler.runtime.settlement import Settlement, report
 from kapsl_scheduler.runtime.stream import StreamChannel
 from kapsl_scheduler.runtime.worker import PROBE_FIRST
-from kapsl_scheduler.types import EngineMetrics, InferenceRequest, InferenceResponse, ModelInfo, Priority
+from kapsl_scheduler.types import EngineMetrics, InferenceResponse, ModelInfo, Priority
 
-__all__ = ["PriorityPolicy", "Scheduler"]
+__all__ = ["Scheduler"]
 
 logger = logging.getLogger(__name__)
-
-PriorityPolicy = Priority | Callable[[RequestProfile], Priority]
-"""The class of requests that name none: one class, or a policy such as `determine_priority`."""
 
 DRAIN: Final = 10.0
 """Seconds that `async with` gives requests to end when it is left."""
 HUNG_AFTER: Final = 1.0
 """Seconds that a slot has to end its call once nobody waits for it."""
 
-
-class _Phase(enum.Enum):
-    NEW = "starting"
-    OPEN = "ready"
-    CLOSING = "closing"
-    CLOSED = "closed"
-
-
-# Looking a member up in its enum costs as much as a function call.
-OPEN: Final = _Phase.OPEN
 WAITING: Final = State.WAITING
 
 
@@ -104,52 +89,46 @@ class Scheduler:
         self._workers_per_engine = workers_per_engine
         self._cpu_workers = cpu_workers
         self._fallback = enable_fallback
-        self._default_priority = default_priority
         self._clock = clock
-        self._phase = _Phase.NEW
-        self._settlement = Settlement(clock, observer, self._refuge)
+        self._deadlines = Deadlines(clock, self._on_alarm)
+        self._settlement = Settlement(clock, observer, self._deadlines, self._refuge)
         self._books = self._settlement.books
         self._main = Dispatch(self._batch, self._queue, clock, self._settlement)
+        self._entrance = Entrance(self._books, self._main, clock, default_priority, self._elsewhere)
         self._cpu: Dispatch | None = None
         self._cpu_start: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop
-        self._thread = 0
-        self._admission: Admission
-        self._deadlines: Deadlines
         self._drain: asyncio.Timeout | None = None  # while `close` lets requests end
         self._closed = asyncio.Event()
 
     def __repr__(self) -> str:
-        if self._phase is not OPEN:
-            return f"<Scheduler {self._phase.value}>"
+        if self._entrance.phase is not Phase.OPEN:
+            return f"<Scheduler {self._entrance.phase.value}>"
         figures = self.statistics()
         return (
-            f"<Scheduler {self._admission.info.name!r} {self._phase.value}: {figures.queued} queued, "
+            f"<Scheduler {self._entrance.admission.info.name!r} {self._entrance.phase.value}: {figures.queued} queued, "
             f"{figures.running} running, {figures.calls_in_flight} calls in flight of {figures.slots} slots>"
         )
 
     # ------------------------------------------------------------------------------------- lifecycle
 
     async def __aenter__(self) -> Self:
-        if self._phase is not _Phase.NEW:
-            raise RuntimeError(f"the scheduler is {self._phase.value}: each is entered once")
-        self._loop = asyncio.get_running_loop()
-        self._thread = get_ident()
-        self._deadlines = Deadlines(self._loop, self._clock, self._on_alarm)
+        if self._entrance.phase is not Phase.NEW:
+            raise RuntimeError(f"the scheduler is {self._entrance.phase.value}: each is entered once")
+        self._entrance.belong()
         try:
             await self._main.load(self._engines, self._workers_per_engine)
             infos = [state.engine.model_info() for state in self._main.engines]
             if any(info != infos[0] for info in infos):
                 raise ModelLoadError(f"the engines of one scheduler must run the same model, got {infos}")
-            self._admission = Admission(infos[0], self._batch.max_batch_size)
-            await self._main.serve(self._admission)
-            self._phase = OPEN
+            self._entrance.admission = Admission(infos[0], self._batch.max_batch_size)
+            await self._main.serve(self._entrance.admission)
+            self._entrance.open()
             if self._fallback:
                 self._cpu_lane()
                 if self._cpu_start is not None:
                     await self._cpu_start
         except BaseException:
-            self._phase = _Phase.CLOSED
+            self._entrance.shut(Phase.CLOSED)
             await self._stop()
             raise
         return self
@@ -167,17 +146,18 @@ class Scheduler:
         nothing; closing while another closes waits for it, and shortens its drain if this one is shorter. Cancelling it
         cuts the drain short; the rest is done all the same.
         """
-        if self._phase in (_Phase.NEW, _Phase.CLOSED):
+        if self._entrance.phase in (Phase.NEW, Phase.CLOSED):
             return
-        self._check_loop()
-        until = self._loop.time() + drain
-        if self._phase is _Phase.CLOSING:
+        self._entrance.check_loop()
+        until = asyncio.get_running_loop().time() + drain
+        if self._entrance.phase is Phase.CLOSING:
             drain_timer = self._drain
             if drain_timer is not None and until < (drain_timer.when() or math.inf) and not drain_timer.expired():
                 drain_timer.reschedule(until)
             await self._closed.wait()
             return
-        self._phase = _Phase.CLOSING
+        self._entrance.shut(Phase.CLOSING)
+        self._let_in()
         drain_timer = self._drain = asyncio.timeout_at(until)
         try:
             async with drain_timer:
@@ -190,7 +170,7 @@ class Scheduler:
             self._fail_all(Unavailable("the scheduler was closed before the request was answered"))
             self._deadlines.close()
             await self._stop()
-            self._phase = _Phase.CLOSED
+            self._entrance.shut(Phase.CLOSED)
             self._closed.set()
 
     async def _stop(self) -> None:
@@ -199,6 +179,11 @@ class Scheduler:
             await asyncio.gather(self._cpu_start, return_exceptions=True)
         for dispatch in self._dispatches():
             await dispatch.stop(HUNG_AFTER)
+
+    def _let_in(self) -> None:
+        """Before anybody looks: who has just arrived is in the queue."""
+        for dispatch in self._dispatches():
+            dispatch.let_in()
 
     def _dispatches(self) -> list[Dispatch]:
         return [self._main] if self._cpu is None else [self._main, self._cpu]
@@ -212,17 +197,19 @@ class Scheduler:
                 raise InvalidInput("force_cpu: the engine has no variant for the CPU")
             if engine in self._engines:
                 return self._main
-            self._cpu = Dispatch(self._batch, self._queue, self._clock, self._settlement)
-            self._cpu_start = asyncio.get_running_loop().create_task(self._start_cpu(self._cpu, engine))
+            lane = self._cpu = Dispatch(self._batch, self._queue, self._clock, self._settlement)
+            lane.loop = asyncio.get_running_loop()
+            self._cpu_start = lane.loop.create_task(self._start_cpu(lane, engine))
         return self._cpu
 
     async def _start_cpu(self, lane: Dispatch, engine: Engine) -> None:
         try:
             await lane.load([engine], self._cpu_workers)
-            await lane.serve(self._admission)
+            await lane.serve(self._entrance.admission)
         except EngineError as error:
             lane.works = False
             await lane.stop(HUNG_AFTER)
+            lane.let_in()
             with lane.lock:
                 waiting, queued = lane.queue.clear()
             self._books.refused += self._settlement.fail(waiting, error)
@@ -253,8 +240,7 @@ class Scheduler:
         raised (`InferenceError` with `__cause__` if that is no `EngineError`). Cancelling the await takes the request
         out of the queue at once; if it runs already, its answer is dropped.
         """
-        item = self._enter(request, priority, timeout, session_id, force_cpu)
-        self._submit(item, overflow, block_timeout)
+        item = self._entrance.come_in(request, priority, timeout, session_id, force_cpu, overflow, block_timeout)
         try:
             response: InferenceResponse = await item.future
         except asyncio.CancelledError:
@@ -301,7 +287,7 @@ class Scheduler:
         answers: list[list[Pending] | EngineError] = []
         for request in requests:
             try:
-                answers.append(self._enter_parts(request, priority, timeout, session_id, force_cpu))
+                answers.append(self._entrance.enter_parts(request, priority, timeout, session_id, force_cpu))
             except EngineError as error:
                 if not return_exceptions:
                     raise
@@ -313,8 +299,8 @@ class Scheduler:
             for item in [item for answer in answers if isinstance(answer, list) for item in answer]:
                 await room.acquire()
                 try:
-                    self._check_home(item)
-                    self._submit(item, None, None)
+                    self._entrance.enter_again(item)
+                    item.home.offer(item)
                 except EngineError as error:
                     item.future.set_exception(error)
                 submitted.append(item)
@@ -344,21 +330,22 @@ class Scheduler:
         `DeadlineExceeded`. A reader that leaves the buffer of 16 chunks full for 5 s gets `Overloaded`. Closing the
         iterator closes the engine's generator at its next chunk. Raises what `infer` raises.
         """
-        item = self._enter(request, priority, timeout, session_id, force_cpu)
+        item = self._entrance.enter(request, priority, timeout, session_id, force_cpu)
         if first_chunk_timeout is not None and not first_chunk_timeout > 0:
             error = InvalidInput(f"first_chunk_timeout: expected more than 0 seconds, got {first_chunk_timeout!r}")
-            self._count_refusal(error)
+            self._entrance.count_refusal(error)
             raise error
-        channel = item.stream = StreamChannel(self._loop, self._clock)
+        channel = item.stream = StreamChannel(asyncio.get_running_loop(), self._clock)
+        item.set_apart()
         item.future.add_done_callback(channel.end_with)
-        self._submit(item, None, None)
+        item.home.offer(item)
         if first_chunk_timeout is not None:
             self._deadlines.add(item, first_chunk_timeout, Alarm.FIRST_CHUNK)
         try:
             while (chunk := await channel.next_chunk()) is not None:
                 outputs = item.home.layout.row(chunk) if item.bare else dict(chunk)
                 first_at = channel.first_at or item.arrival
-                yield InferenceResponse(
+                yield InferenceResponse.of(
                     outputs, first_at - item.arrival, self._clock() - first_at, item.rows, item.request_id
                 )
         finally:
@@ -367,116 +354,6 @@ class Scheduler:
 
     # ---------------------------------------------------------------------------------------- the way in
 
-    def _check_loop(self) -> None:
-        """Raise `RuntimeError` unless the running loop is the one that entered. Asked in a way that costs a third of
-        `get_running_loop`: a thread runs one loop at a time, so ours runs here if it runs and this is its thread."""
-        if get_ident() != self._thread or not self._loop.is_running():
-            if self._phase is _Phase.NEW:
-                raise RuntimeError("the scheduler was not entered: use `async with Scheduler(...)`")
-            raise RuntimeError("the scheduler belongs to another event loop: elsewhere, use SyncScheduler")
-
-    def _enter(
-        self, request: Any, priority: Priority | None, timeout: float | None, session_id: str | None, force_cpu: bool
-    ) -> Pending:
-        """Admission: a valid request, with its class, its deadline and the dispatch that it goes to."""
-        self._check_loop()
-        try:
-            if self._phase is not OPEN:
-                raise Unavailable(f"the scheduler is {self._phase.value}")
-            inputs = request.inputs if isinstance(request, InferenceRequest) else request
-            admitted = self._admission.admit(inputs)
-            return self._pending(admitted, request, priority, timeout, session_id, force_cpu)
-        except EngineError as error:
-            self._count_refusal(error)
-            raise
-
-    def _enter_parts(
-        self, request: Any, priority: Priority | None, timeout: float | None, session_id: str | None, force_cpu: bool
-    ) -> list[Pending]:
-        """Like `_enter`, in as many parts as `max_batch_size` asks for."""
-        self._check_loop()
-        inputs = request.inputs if isinstance(request, InferenceRequest) else request
-        try:
-            if self._phase is not OPEN:
-                raise Unavailable(f"the scheduler is {self._phase.value}")
-            whole = self._admission.normalise(inputs)
-            size, parts = self._admission.max_rows, [whole]
-            if whole[1] > size:
-                cut = self._main.layout.slice_inputs
-                parts = [
-                    self._admission.admit(cut(whole[0], start, min(start + size, whole[1])))
-                    for start in range(0, whole[1], size)
-                ]
-            return [self._pending(part, request, priority, timeout, session_id, force_cpu) for part in parts]
-        except EngineError as error:
-            self._count_refusal(error)
-            raise
-
-    def _count_refusal(self, error: EngineError) -> None:
-        self._books.offered += 1
-        if isinstance(error, (Overloaded, Unavailable)):
-            self._books.refused += 1
-        else:
-            self._books.invalid += 1
-
-    def _pending(
-        self,
-        admitted: Admitted,
-        request: Any,
-        priority: Priority | None,
-        timeout: float | None,
-        session_id: str | None,
-        force_cpu: bool,
-    ) -> Pending:
-        tenant = request_id = None
-        if isinstance(request, InferenceRequest):
-            session_id = session_id or request.session_id
-            metadata = request.metadata
-            if metadata is not None:
-                tenant, request_id = metadata.tenant, metadata.request_id
-                priority = metadata.priority if priority is None else priority
-                force_cpu = force_cpu or metadata.force_cpu
-                if timeout is None and metadata.timeout_ms is not None:
-                    timeout = check_timeout("timeout_ms", metadata.timeout_ms) / 1000
-        if type(priority) is not Priority:
-            priority = self._default_class(admitted, timeout) if priority is None else _as_priority(priority)
-        inputs, rows, shape, bare, nbytes = admitted
-        now = self._clock()
-        if timeout is None:
-            deadline, urgency = math.inf, now + DEFAULT_HORIZON
-        else:
-            deadline = urgency = now + check_timeout("timeout", timeout)
-        home = self._main if not force_cpu and self._main.works else self._elsewhere(force_cpu)
-        return Pending(
-            inputs,
-            rows,
-            shape,
-            bare,
-            priority,
-            now,
-            deadline,
-            urgency,
-            timeout,
-            nbytes,
-            self._loop.create_future(),
-            home,
-            request_id,
-            tenant if self._queue.tenant_fairness else None,
-            None if session_id is None else self._pin(session_id, home),
-        )
-
-    def _default_class(self, admitted: Admitted, timeout: float | None) -> Priority:
-        policy = self._default_priority
-        if isinstance(policy, Priority):
-            return policy
-        return policy(
-            RequestProfile(
-                sla_deadline=None if timeout is None else timeout * 1000,
-                batch_size=admitted[1],
-                input_size_bytes=admitted[4] // admitted[1],
-            )
-        )
-
     def _elsewhere(self, force_cpu: bool) -> Dispatch:
         """Where a request goes that asks for the CPU, or that finds no working engine."""
         if force_cpu or self._fallback:
@@ -484,48 +361,6 @@ class Scheduler:
             if lane.works:
                 return lane
         raise Unavailable("no engine works", retry_after=PROBE_FIRST)
-
-    def _check_home(self, item: Pending) -> None:
-        """Whether a request that was admitted a while ago still has a place to go to. Raises `Unavailable`."""
-        try:
-            if self._phase is not OPEN:
-                raise Unavailable(f"the scheduler is {self._phase.value}")
-            if not item.home.works:
-                item.home, item.pin = self._elsewhere(force_cpu=False), None
-            elif item.pin is not None and item.home.engines[item.pin].lost:
-                item.pin = None
-        except EngineError as error:
-            self._count_refusal(error)
-            raise
-
-    def _pin(self, session_id: str, home: Dispatch) -> int | None:
-        """The engine that a session belongs to, where there is a choice."""
-        working = [state.index for state in home.engines if not state.lost]
-        return rendezvous(session_id, working) if len(working) > 1 else None
-
-    def _submit(self, item: Pending, overflow: QueueOverflowPolicy | None, block_timeout: float | None) -> None:
-        dispatch: Dispatch = item.home
-        if block_timeout is None:
-            block_timeout = self._queue.block_timeout
-        try:
-            if overflow is not None or block_timeout is not None:
-                overflow = _checked(overflow, block_timeout)
-            with dispatch.lock:
-                evicted = dispatch.queue.push(item, item.arrival, overflow, may_wait=block_timeout != 0)
-                dispatch.arm()
-        except EngineError as error:
-            self._count_refusal(error)
-            raise
-        self._books.offered += 1
-        self._books.open += 1
-        if item.timeout is not None:
-            self._deadlines.add_deadline(item, item.timeout)
-        if evicted:
-            with dispatch.lock:
-                eviction = dispatch.queue.evicted()
-            self._books.evicted += self._settlement.fail(evicted, eviction)
-        elif block_timeout is not None and item.state is WAITING:
-            self._deadlines.add(item, block_timeout, Alarm.ROOM)
 
     # --------------------------------------------------------------------------------------- the way out
 
@@ -536,7 +371,7 @@ class Scheduler:
             future.cancel()
         elif not future.cancelled():
             return  # answered in the same pass of the loop
-        if self._take_out(item) is WAITING:
+        if item.home.take_out(item) is WAITING:
             self._books.withdrawn += 1
         else:
             self._books.cancelled += 1
@@ -544,30 +379,18 @@ class Scheduler:
 
     def _on_alarm(self, item: Pending, alarm: Alarm) -> None:
         if alarm is Alarm.ROOM:
-            if item.state is WAITING:
-                self._take_out(item)
-                with item.home.lock:
-                    soon = item.home.queue.drain_time()
-                refusal = Overloaded("there was no room in the queue in time", retry_after=soon)
+            refusal = item.home.give_up_room(item)
+            if refusal is not None:
                 self._books.refused += self._settlement.fail([item], refusal)
             return
         if alarm is Alarm.FIRST_CHUNK and item.stream.first_at is not None:
             return
         waited = "the first chunk" if alarm is Alarm.FIRST_CHUNK else "the answer"
         error = DeadlineExceeded(f"the deadline passed before {waited} was there")
-        if self._take_out(item) is WAITING:
+        if item.home.take_out(item) is WAITING:
             self._books.withdrawn += self._settlement.fail([item], error)
         else:
             self._books.expired += self._settlement.fail([item], error)
-
-    def _take_out(self, item: Pending) -> State:
-        """Take a request out of its queue, wherever it stands there. Returns where that was."""
-        dispatch: Dispatch = item.home
-        with dispatch.lock:
-            state = item.state
-            if dispatch.queue.remove(item):
-                dispatch.arm()
-        return state
 
     def _fail_all(self, error: EngineError) -> None:
         for dispatch in self._dispatches():
@@ -592,7 +415,7 @@ class Scheduler:
         first, *others = answers
         if not others:
             return first
-        return InferenceResponse(
+        return InferenceResponse.of(
             self._main.layout.join([answer.outputs for answer in answers]),
             max(answer.queue_time for answer in answers),
             sum(answer.compute_time for answer in answers),
@@ -604,12 +427,13 @@ class Scheduler:
 
     def model_info(self) -> ModelInfo:
         """What the model takes and gives. Raises `ModelNotLoaded` before the scheduler was entered."""
-        if not hasattr(self, "_admission"):
+        if not hasattr(self._entrance, "admission"):
             raise ModelNotLoaded("the scheduler has not loaded its model")
-        return self._admission.info
+        return self._entrance.admission.info
 
     def statistics(self) -> SchedulerStatistics:
         """The books and the load, as of now."""
+        self._let_in()
         return report(self._books, self._dispatches())
 
     def metrics(self) -> EngineMetrics:
@@ -625,15 +449,15 @@ class Scheduler:
     def health(self) -> SchedulerHealth:
         """Whether the engines work, never how busy they are."""
         engines = tuple(health for dispatch in self._dispatches() for health in dispatch.health())
-        if self._phase is _Phase.CLOSED:
+        if self._entrance.phase is Phase.CLOSED:
             engines = tuple(EngineHealth(engine.name, "unloaded") for engine in engines)
         working = sum(engine.status == "ready" for engine in engines)
-        status = self._phase.value
-        if self._phase is OPEN and working < len(engines):
+        status = self._entrance.phase.value
+        if self._entrance.phase is Phase.OPEN and working < len(engines):
             status = "degraded" if working else "unavailable"
         return SchedulerHealth(
-            healthy=self._phase is OPEN and working == len(engines),
-            ready=self._phase is OPEN and working > 0,
+            healthy=self._entrance.phase is Phase.OPEN and working == len(engines),
+            ready=self._entrance.phase is Phase.OPEN and working > 0,
             status=status,
             engines=engines,
         )
@@ -641,22 +465,3 @@ class Scheduler:
     def get_queue_depth(self) -> tuple[int, int]:
         """Requests queued and running: (on the CPU lane, on the engines)."""
         return (0 if self._cpu is None else self._cpu.depth()), self._main.depth()
-
-
-def _checked(overflow: Any, block_timeout: Any) -> QueueOverflowPolicy | None:
-    """The overflow policy that a call names, as a member or by its value; and a sensible limit to its wait."""
-    if block_timeout is not None and not (isinstance(block_timeout, int | float) and block_timeout >= 0):
-        raise InvalidInput(f"block_timeout: expected at least 0 seconds, got {block_timeout!r}")
-    try:
-        return None if overflow is None else QueueOverflowPolicy(overflow)
-    except ValueError:
-        known = ", ".join(policy.value for policy in QueueOverflowPolicy)
-        raise InvalidInput(f"overflow: expected one of {known}, got {overflow!r}") from None
-
-
-def _as_priority(value: Any) -> Priority:
-    try:
-        return Priority[value.upper()] if isinstance(value, str) else Priority(value)
-    except (KeyError, ValueError):
-        known = ", ".join(f"{priority.value} ({priority.name})" for priority in Priority)
-        raise InvalidInput(f"priority: expected one of {known}, got {value!r}") from None

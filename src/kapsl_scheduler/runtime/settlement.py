@@ -1,7 +1,7 @@
-"""Settlement: what the end of a call means for its callers. Answers, errors, retries, and the books of them.
+"""Settlement: what becomes of requests. Answers, errors, retries, and the books of them.
 
-Everything here runs on the loop's thread. What is not here: the way in and the deadlines (runtime.scheduler), and how
-calls are made (runtime.worker).
+Everything here runs on the loop's thread. What is not here: admission (runtime.entrance), and how calls are made
+(runtime.worker).
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from kapsl_scheduler.core.batch import Pending, State
 from kapsl_scheduler.core.health import RetryBudget
-from kapsl_scheduler.errors import DeadlineExceeded, EngineError, InferenceError, Unavailable
+from kapsl_scheduler.errors import DeadlineExceeded, EngineError, InferenceError, ResourceExhausted, Unavailable
 from kapsl_scheduler.ports import Clock, Observer
+from kapsl_scheduler.runtime.deadlines import Alarm, Deadlines
 from kapsl_scheduler.runtime.dispatch import Dispatch
 from kapsl_scheduler.runtime.metrics import Books, ClassStatistics, SchedulerStatistics
 from kapsl_scheduler.runtime.worker import Outcome
@@ -25,17 +26,25 @@ __all__ = ["Settlement", "report"]
 logger = logging.getLogger(__name__)
 
 
-_NONE: Final[dict[str, Array]] = {}
+_NONE: Final[tuple[Array, ...]] = ()
 
 
 class Settlement:
     """Resolves each request's future exactly once, if its caller still waits.
 
-    `refuge` names the dispatch that takes over when no engine of a dispatch works, or None.
+    `deadlines` watches over those who are let in. `refuge` names the dispatch that takes over when no engine of a
+    dispatch works, or None.
     """
 
-    def __init__(self, clock: Clock, observer: Observer | None, refuge: Callable[[Dispatch], Dispatch | None]) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        observer: Observer | None,
+        deadlines: Deadlines,
+        refuge: Callable[[Dispatch], Dispatch | None],
+    ) -> None:
         self.books = Books()
+        self._deadlines = deadlines
         self._drained: asyncio.Event | None = None
         self._clock = clock
         self._observer = observer
@@ -53,6 +62,27 @@ class Settlement:
         if self.books.open:
             self._drained = asyncio.Event()
             await self._drained.wait()
+
+    def let_in(self, arrivals: Sequence[Pending]) -> None:
+        """Requests have arrived; some may wait for room, or are about to be turned away."""
+        self.books.offered += len(arrivals)
+        self.books.open += len(arrivals)
+        self._deadlines.add_all(arrivals)
+
+    def waits(self, item: Pending, seconds: float) -> None:
+        """A request waits for room, and for so long at most."""
+        self._deadlines.add(item, seconds, Alarm.ROOM)
+
+    def turn_away(self, item: Pending, refusal: EngineError) -> None:
+        """A request that has just arrived does not get in."""
+        if isinstance(refusal, ResourceExhausted):
+            self.books.invalid += self.fail([item], refusal)
+        else:
+            self.books.refused += self.fail([item], refusal)
+
+    def evict(self, items: Sequence[Pending], eviction: EngineError) -> None:
+        """Queued requests have made room for others."""
+        self.books.evicted += self.fail(items, eviction)
 
     def fail(self, items: Iterable[Pending], error: EngineError) -> int:
         """Give each caller that still waits an instance of the error of its own. Returns how many those were; which
@@ -108,32 +138,32 @@ class Settlement:
         batch, elapsed, books = outcome.batch, outcome.elapsed, self.books
         # A stream's chunks have gone their own way: its future only says that it ended.
         stream = batch.members[0].stream is not None
-        parts: Sequence[Any] = [None] if stream else dispatch.layout.split(cast(Tensors, outcome.outputs), batch)
-        started, rows, leader = batch.started, batch.rows, batch.leader
-        arrivals: list[float] = []  # of the leader's class, which most batches are all of
-        others: list[Pending] = []
-        for item, part in zip(batch.members, parts, strict=True):
-            future = item.future
-            if future.done():
-                continue
-            arrival = item.arrival
+        outputs = cast(Tensors, outcome.outputs)
+        parts: Sequence[tuple[Array, ...]] = [_NONE] if stream else dispatch.layout.split(outputs, batch)
+        names = () if stream else tuple(outputs)
+        started, rows, members = batch.started, batch.rows, batch.members
+        gone: list[Pending] = []
+        for item, part in zip(members, parts, strict=True):
             item.inputs = _NONE  # whoever still holds the request need not hold them
-            future.set_result(
-                None if stream else InferenceResponse(part, started - arrival, elapsed, rows, item.request_id)
-            )
-            if item.priority is leader:
-                arrivals.append(arrival)
-            else:
-                others.append(item)
+            try:
+                item.future.set_result(
+                    InferenceResponse(names, part, started - item.arrival, elapsed, rows, item.request_id)
+                )
+            except asyncio.InvalidStateError:
+                gone.append(item)
+        self._deadlines.answered(members)
         now = self._clock()
-        books.classes[leader].add(started, now, arrivals)
-        for item in others:
-            books.classes[item.priority].add(started, now, [item.arrival])
-        answered = len(arrivals) + len(others)
-        books.succeeded += answered
-        books.discarded += len(batch.members) - answered
-        self._budget.earn(answered)
-        self.closed(answered)
+        if gone:
+            members = [item for item in members if item not in gone]
+            books.discarded += len(gone)
+        if rows == batch.rows_by_class[batch.leader]:
+            books.classes[batch.leader].add(started, now, [item.arrival for item in members])
+        else:
+            for item in members:
+                books.classes[item.priority].add(started, now, [item.arrival])
+        books.succeeded += len(members)
+        self._budget.earn(len(members))
+        self.closed(len(members))
 
     def _recover(self, dispatch: Dispatch, outcome: Outcome, error: EngineError) -> None:
         """A call failed: its members come back to run alone, where that may help and the budget allows."""
@@ -145,7 +175,7 @@ class Settlement:
         if lost:
             for item in members:
                 item.losses += 1
-                item.pin = None
+                item.unpin()
         elif len(batch.members) == 1:
             may_return = False
         now = self._clock()
@@ -154,12 +184,13 @@ class Settlement:
         books.failed += self.fail((item for item in members if item not in back), error)
         with dispatch.lock:
             dispatch.queue.give_back(back)
-            dispatch.arm()
+        dispatch.turn_soon()
         if lost:
             self._after_loss(dispatch, outcome.state.index, error)
 
     def _after_loss(self, dispatch: Dispatch, engine: int, error: EngineError) -> None:
         """An engine is lost: its sessions may go anywhere; if no other works, everybody goes to the refuge."""
+        dispatch.let_in()
         with dispatch.lock:
             dispatch.queue.unpin(engine)
             if dispatch.works:

@@ -249,7 +249,7 @@ class ThreadWorker(Worker):
         channel = cast(StreamChannel, item.stream)
         started = clock()
         try:
-            with closing(cast(Any, self.state.engine.infer_stream(item.inputs))) as chunks:
+            with closing(cast(Any, self.state.engine.infer_stream(self.dispatch.layout.stack([item])))) as chunks:
                 for chunk in chunks:
                     if not channel.put(chunk):
                         break
@@ -400,7 +400,9 @@ class TaskWorker(Worker):
     async def _run_stream(self, batch: Batch) -> None:
         item = batch.members[0]
         channel = cast(StreamChannel, item.stream)
-        chunks = cast(Callable[[Tensors], AsyncIterator[Tensors]], self.state.engine.infer_stream)(item.inputs)
+        chunks = cast(Callable[[Tensors], AsyncIterator[Tensors]], self.state.engine.infer_stream)(
+            self.dispatch.layout.stack([item])
+        )
         async with aclosing(cast(Any, chunks)) as open_chunks:
             async for chunk in open_chunks:
                 if not await channel.put_async(chunk):

@@ -188,24 +188,27 @@ class Layout:
         axis = self._input_axes.get(name)
         return array if axis is None or array.ndim == self._ranks[name] else np.expand_dims(array, axis)
 
-    def split(self, outputs: Tensors, batch: Batch) -> Sequence[tuple[Array, ...]]:
+    def split(self, outputs: Tensors, batch: Batch) -> Iterable[tuple[Array, ...]]:
         """Each member's rows of every output, in the outputs' order, as views.
 
         Raises `InferenceError` where an output does not have the batch's rows on its batch axis.
         """
         members = batch.members
         if not batch.shape.batchable:
-            return [tuple(outputs.values())]
-        axes = [self._output_axes.get(name, self._UNDECLARED) for name in outputs]
-        for axis, (name, array) in zip(axes, outputs.items(), strict=True):
-            if axis is not None and (array.ndim <= axis or array.shape[axis] != batch.rows):
+            return (tuple(outputs.values()),)
+        rows = batch.rows
+        axes: list[int | None] = []
+        for name, array in outputs.items():
+            axis = self._output_axes.get(name, self._UNDECLARED)
+            if axis is not None and (array.ndim <= axis or array.shape[axis] != rows):
                 raise InferenceError(
-                    f"output {name!r}: expected {batch.rows} rows on axis {axis}, got shape {list(array.shape)}"
+                    f"output {name!r}: expected {rows} rows on axis {axis}, got shape {list(array.shape)}"
                 )
-        if batch.rows == len(members) and not any(axes) and None not in axes:
+            axes.append(axis)
+        if rows == len(members) and not any(axes) and None not in axes:
             bare = [member.bare for member in members]
-            return [*zip(*[_single_rows(array, bare) for array in outputs.values()], strict=True)]
-        return [*_any_rows(outputs, members, axes)]
+            return zip(*[_single_rows(array, bare) for array in outputs.values()], strict=True)
+        return _any_rows(outputs, members, axes)
 
     def row(self, outputs: Tensors) -> dict[str, Array]:
         """Outputs of one row without their batch axis; what does not have just one row there stays as it is."""

@@ -86,18 +86,26 @@ class Lane:
     def extend(self, items: Sequence[Pending]) -> None:
         """Queue requests, in the order of their arrival."""
         fifo = self._fifo
-        urgency, sequence = (fifo[-1].urgency, fifo[-1].sequence) if fifo else (-math.inf, 0)
+        last = fifo[-1].urgency if fifo and fifo[-1].sequence < items[0].sequence else -math.inf
         rows = 0
+        in_order = last > -math.inf or not fifo
         for item in items:
             item.state = QUEUED
             rows += item.rows
-            if item.urgency > urgency or (item.urgency == urgency and item.sequence > sequence):
-                fifo.append(item)
-                urgency, sequence = item.urgency, item.sequence
-            else:
-                heapq.heappush(self._heap, (item.urgency, item.sequence, item))
+            urgency = item.urgency
+            if urgency < last:
+                in_order = False
+            last = urgency
         self.count += len(items)
         self.rows += rows
+        if in_order:  # as mostly
+            fifo.extend(items)
+            return
+        for item in items:
+            if not fifo or (fifo[-1].urgency, fifo[-1].sequence) < (item.urgency, item.sequence):
+                fifo.append(item)
+            else:
+                heapq.heappush(self._heap, (item.urgency, item.sequence, item))
 
     def head(self) -> Pending | None:
         """The most urgent request, left in place."""

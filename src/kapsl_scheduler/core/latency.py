@@ -137,4 +137,4 @@ class Deviation:
         error = seconds - self._mean
         self._mean += error / 8
         self._deviation += (abs(error) - self._deviation) / 4
-        self.expected = self._mean + 2 * self._deviation
+        self.expected = self._mean + 4 * self._deviation

@@ -184,16 +184,17 @@ class RequestQueue:
             items = items[:room]
         if not items:
             return 0
+        first = items[0]
+        shape, priority, apart = first.shape, first.priority, first.apart
         sequence = self._sequence
+        alike = True
         for item in items:
             sequence += 1
             item.sequence = sequence
+            if item.shape is not shape or item.priority is not priority or item.apart is not apart:
+                alike = False
         self._sequence = sequence
-        shape, priority = items[0].shape, items[0].priority
-        others = [
-            item for item in items if item.shape is not shape or item.priority is not priority or item.apart is not None
-        ]
-        if not others:  # as mostly
+        if alike:  # as mostly
             self._admit(items)
         else:
             for _, group in groupby(items, key=lambda item: (item.priority, item.apart, id(item.shape))):

@@ -58,8 +58,8 @@ class Deadlines:
         if len(timeouts) == 1:  # as mostly
             self._add_alike(items)
         else:
-            for timeout in timeouts:
-                self._add_alike([item for item in items if item.timeout == timeout])
+            for item in items:
+                self._add_alike([item])
 
     def _add_alike(self, items: Sequence[Pending]) -> None:
         timeout = items[0].timeout

@@ -38,8 +38,11 @@ wall time includes whatever else was given the processor meanwhile."""
 class Listener(Protocol):
     """Who is told, on the loop's thread, what became of the calls."""
 
-    def let_in(self, arrivals: Sequence[Pending]) -> None:
-        """Requests have arrived; some may wait for room, or are about to be turned away."""
+    def arrived(self, requests: int) -> None:
+        """So many requests have arrived; what becomes of each is told next."""
+
+    def let_in(self, items: Sequence[Pending]) -> None:
+        """Requests are queued, or wait for room."""
 
     def waits(self, item: Pending, seconds: float) -> None:
         """A request waits for room, and for so long at most."""
@@ -188,27 +191,30 @@ class Dispatch:
         if not arrivals:
             return
         self.arrivals = []
-        self._listener.let_in(arrivals)
+        self._listener.arrived(len(arrivals))
         with self.lock:
             count = self.queue.push_many(arrivals)
         if count < len(arrivals):
-            self._let_in_singly(arrivals[count:])
+            arrivals[count:] = [item for item in arrivals[count:] if self._let_in_singly(item)]
+        if arrivals:
+            self._listener.let_in(arrivals)
 
-    def _let_in_singly(self, arrivals: Sequence[Pending]) -> None:
-        """There may be no room for them at once: the policy says what becomes of each, and who must go for it."""
-        for item in arrivals:
-            patience = self.queue.policy.block_timeout if item.block_timeout is None else item.block_timeout
-            try:
-                with self.lock:
-                    evicted = self.queue.push(item, item.overflow, may_wait=patience != 0)
-                    eviction = self.queue.evicted() if evicted else None
-            except EngineError as refusal:
-                self._listener.turn_away(item, refusal)
-                continue
-            if eviction is not None:
-                self._listener.evict(evicted, eviction)
-            elif patience is not None and item.state is State.WAITING:
-                self._listener.waits(item, patience)
+    def _let_in_singly(self, item: Pending) -> bool:
+        """There may be no room at once: the policy says what becomes of the request, and who must go for it. Returns
+        whether it got in, or waits for room."""
+        patience = self.queue.policy.block_timeout if item.block_timeout is None else item.block_timeout
+        try:
+            with self.lock:
+                evicted = self.queue.push(item, item.overflow, may_wait=patience != 0)
+                eviction = self.queue.evicted() if evicted else None
+        except EngineError as refusal:
+            self._listener.turn_away(item, refusal)
+            return False
+        if eviction is not None:
+            self._listener.evict(evicted, eviction)
+        elif patience is not None and item.state is State.WAITING:
+            self._listener.waits(item, patience)
+        return True
 
     def take_out(self, item: Pending) -> State:
         """Take a request out of the queue, wherever it stands there. Returns where that was."""

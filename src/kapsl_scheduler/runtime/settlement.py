@@ -63,11 +63,14 @@ class Settlement:
             self._drained = asyncio.Event()
             await self._drained.wait()
 
-    def let_in(self, arrivals: Sequence[Pending]) -> None:
-        """Requests have arrived; some may wait for room, or are about to be turned away."""
-        self.books.offered += len(arrivals)
-        self.books.open += len(arrivals)
-        self._deadlines.add_all(arrivals)
+    def arrived(self, requests: int) -> None:
+        """So many requests have arrived; what becomes of each is told next."""
+        self.books.offered += requests
+        self.books.open += requests
+
+    def let_in(self, items: Sequence[Pending]) -> None:
+        """Requests are queued, or wait for room."""
+        self._deadlines.add_all(items)
 
     def waits(self, item: Pending, seconds: float) -> None:
         """A request waits for room, and for so long at most."""
@@ -139,7 +142,7 @@ class Settlement:
         # A stream's chunks have gone their own way: its future only says that it ended.
         stream = batch.members[0].stream is not None
         outputs = cast(Tensors, outcome.outputs)
-        parts: Sequence[tuple[Array, ...]] = [_NONE] if stream else dispatch.layout.split(outputs, batch)
+        parts: Iterable[tuple[Array, ...]] = [_NONE] if stream else dispatch.layout.split(outputs, batch)
         names = () if stream else tuple(outputs)
         started, rows, members = batch.started, batch.rows, batch.members
         gone: list[Pending] = []

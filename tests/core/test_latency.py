@@ -194,11 +194,11 @@ def test_the_shape_that_was_used_longest_ago_is_forgotten() -> None:
 # ---------------------------------------------------------------------------------------------- deviation
 
 
-def test_the_expectation_is_the_mean_and_twice_the_mean_deviation() -> None:
+def test_the_expectation_is_the_mean_and_four_times_the_mean_deviation() -> None:
     deviation = Deviation()
     assert deviation.expected == 0.0
     deviation.observe(0.8)
-    assert deviation.expected == pytest.approx(0.1 + 2 * 0.2)
+    assert deviation.expected == pytest.approx(0.1 + 4 * 0.2)
     for _ in range(200):
         deviation.observe(0.8)
     assert deviation.expected == pytest.approx(0.8, rel=1e-3)

@@ -172,15 +172,26 @@ async def test_a_slow_engine_is_not_measured_for_long() -> None:
         assert len(engine.calls) == 1
 
 
-async def test_after_one_long_call_the_engine_leaves_the_loops_thread_for_good() -> None:
+async def test_after_three_long_calls_in_a_minute_the_engine_leaves_the_loops_thread_for_good() -> None:
     clock = VirtualClock()
     engine = bounded(clock, 50e-6)
     async with Scheduler([engine], clock=clock) as scheduler:
         assert await infer_in_turn(scheduler, engine) == {HERE()}
-        engine._faults = FaultPlan(Fault(calls={1}, delay=0.02))
-        assert await infer_in_turn(scheduler, engine, 1) == {HERE()}
+        for _ in range(3):
+            engine._faults = FaultPlan(Fault(calls={1}, delay=0.02))
+            assert await infer_in_turn(scheduler, engine, 1) == {HERE()}
         assert HERE() not in await infer_in_turn(scheduler, engine)
         assert scheduler.statistics().longest_loop_call == pytest.approx(0.02, rel=0.01)
+
+
+async def test_a_long_call_now_and_then_is_the_machines_doing() -> None:
+    clock = VirtualClock()
+    engine = bounded(clock, 50e-6)
+    async with Scheduler([engine], clock=clock) as scheduler:
+        for _ in range(6):
+            engine._faults = FaultPlan(Fault(calls={1}, delay=0.02))
+            assert await infer_in_turn(scheduler, engine, 4) == {HERE()}
+            clock.advance(31.0)
 
 
 async def test_an_engine_that_gets_slower_leaves_the_loops_thread() -> None:

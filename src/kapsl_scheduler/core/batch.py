@@ -137,6 +137,16 @@ class Batch(msgspec.Struct, eq=False):
     backlog: tuple[bool, ...]
     started: float
 
+    def without(self, late: Sequence[Pending]) -> Batch | None:
+        """The batch without the members that are too late for it: those are DONE. None if no others are left."""
+        for item in late:
+            item.state = State.DONE
+        members = [item for item in self.members if item.state is not State.DONE]
+        if not members:
+            return None
+        by_class = tuple(sum(item.rows for item in members if item.priority is each) for each in Priority)
+        return msgspec.structs.replace(self, members=members, rows=sum(by_class), rows_by_class=by_class)
+
 
 class Layout:
     """The batch axes of a model's tensors: how requests are stacked and answers split.

@@ -122,7 +122,7 @@ class LatencyTable:
 
 
 class Deviation:
-    """A running expectation that is seldom exceeded: the mean and twice the mean deviation, as TCP sets its
+    """A running expectation that is seldom exceeded: the mean and four times the mean deviation, as TCP sets its
     retransmission timer (Jacobson, "Congestion avoidance and control", 1988). Seconds; 0 before the first sample."""
 
     __slots__ = ("_deviation", "_mean", "expected")

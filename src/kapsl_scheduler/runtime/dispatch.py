@@ -23,16 +23,24 @@ from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy, Request
 from kapsl_scheduler.errors import EngineError, Overloaded, Unavailable
 from kapsl_scheduler.ports import Clock, Engine
 from kapsl_scheduler.runtime.metrics import EngineHealth
-from kapsl_scheduler.runtime.worker import LOOP_CALL_LIMIT, EngineState, Outcome, TaskWorker, ThreadWorker, Worker
+from kapsl_scheduler.runtime.worker import (
+    LONG_LOOP_CALLS,
+    LOOP_CALL_LIMIT,
+    EngineState,
+    Outcome,
+    TaskWorker,
+    ThreadWorker,
+    Worker,
+)
 
 __all__ = ["Dispatch"]
 
 logger = logging.getLogger(__name__)
 
-LOOP_BLOCK_LIMIT: Final = 10e-3
-"""Seconds: after one call on the loop's thread above it, the engine keeps to its own thread for good; likewise once
-the median of its last calls is above four times the limit by which warm-up decides. A single call is given more: its
-wall time includes whatever else was given the processor meanwhile."""
+LONG_LOOP_CALL: Final = 10e-3
+"""Seconds: after `LONG_LOOP_CALLS` calls on the loop's thread above it within a minute the engine keeps to its own
+thread for good; likewise once the median of its last calls is above four times the limit by which warm-up decides.
+Single calls are given more: their wall time includes whatever else was given the processor meanwhile."""
 
 
 class Listener(Protocol):
@@ -263,20 +271,29 @@ class Dispatch:
 
     def _run_here(self, worker: Worker, batch: Batch) -> None:
         outcome = worker.run_call(batch)
-        self.longest_loop_call = max(self.longest_loop_call, outcome.elapsed)
         with self.lock:
-            self._account(worker, outcome)
-            if outcome.elapsed > 4 * LOOP_CALL_LIMIT:
-                usual = worker.state.latency[batch.shape].upper(batch.rows) or 0.0
-                worker.state.on_loop = outcome.elapsed <= LOOP_BLOCK_LIMIT and usual <= 4 * LOOP_CALL_LIMIT
+            if outcome is not None:
+                self._account(worker, outcome)
+                self._judge_loop_call(worker.state, outcome)
             late, self._late = self._late, []
             lost = worker.state.lost
             if not lost:
                 self._idle.append(worker)
         if lost:
             worker.wake()  # its thread asks for the engine's health
-        self._listener.settle(self, [outcome], late)
+        self._listener.settle(self, [] if outcome is None else [outcome], late)
         self.turn_soon()  # after those who have just had their answers, and may ask again
+
+    def _judge_loop_call(self, state: EngineState, outcome: Outcome) -> None:
+        """Whether the engine may stay on the loop's thread after this call."""
+        self.longest_loop_call = max(self.longest_loop_call, outcome.elapsed)
+        if outcome.elapsed > 4 * LOOP_CALL_LIMIT:
+            batch = outcome.batch
+            usual = state.latency[batch.shape].upper(batch.rows) or 0.0
+            if outcome.elapsed > LONG_LOOP_CALL:
+                state.long_calls.append(outcome.ended)
+            often = len(state.long_calls) == LONG_LOOP_CALLS and outcome.ended - state.long_calls[0] < 60.0
+            state.on_loop = not often and usual <= 4 * LOOP_CALL_LIMIT
 
     def _deliver(self) -> None:
         with self.lock:
@@ -372,6 +389,21 @@ class Dispatch:
             # for the interpreter.
             self.loop.call_soon_threadsafe(self._deliver)
         return batch
+
+    def drop_late(self, worker: Worker, batch: Batch, now: float) -> Batch | None:
+        """A slot was held up before its call. What is left of the batch without the members that are due to expire by
+        now; None if nothing is."""
+        with self.lock:
+            slot = worker.slot
+            latest = slot.answers_by(slot.latency[batch.shape], batch.rows, now)
+            late = [item for item in batch.members if item.deadline < latest]
+            if not late:
+                return batch
+            self._late += late
+            rest = worker.running = batch.without(late)
+            if rest is None:
+                self.calls_in_flight -= 1
+            return rest
 
     def _gives_way(self) -> bool:
         """Whether a slot should let the loop hand out answers before it pulls again: only background work waits, less

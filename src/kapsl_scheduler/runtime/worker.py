@@ -13,6 +13,7 @@ import inspect
 import logging
 import math
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 LOOP_CALL_LIMIT: Final = 150e-6
 """Seconds: an engine whose longest warm-up call is shorter may run on the loop's thread; a thread hop costs as much."""
+LONG_LOOP_CALLS: Final = 3
+HELD_UP: Final = 0.5e-3
+"""Seconds between the pull and the call from which on deadlines are looked at again: a thread may have waited for the
+processor, or for the interpreter."""
 STUCK_AFTER: Final = 5.0
 """Seconds: a call that runs longer than this, and than twenty times its predicted time, counts as stuck."""
 PROBE_FIRST: Final = 0.5
@@ -52,6 +57,7 @@ class EngineState:
         self.ready = False
         self.lost = False
         self.on_loop = False
+        self.long_calls: deque[float] = deque(maxlen=LONG_LOOP_CALLS)  # when they ended, of those on the loop's thread
 
     @property
     def name(self) -> str:
@@ -111,13 +117,23 @@ class Worker(abc.ABC):
     async def abandon(self, patience: float) -> None:
         """Give the slot up: its call hangs."""
 
-    def run_call(self, batch: Batch) -> Outcome:
-        """Run one batch on this thread. Whatever the engine raises is its callers' answer, never the slot's end."""
-        clock = self.dispatch.clock
+    def run_call(self, batch: Batch) -> Outcome | None:
+        """Run one batch on this thread. Whatever the engine raises is its callers' answer, never the slot's end. None
+        if the start was held up for so long that all members are due to expire: then nothing is run."""
+        clock, stack = self.dispatch.clock, self.dispatch.layout.stack
         outcome = Outcome(self.state, batch)
-        started = clock()
+        started = batch.started
         try:
-            outcome.outputs = self.state.engine.infer(self.dispatch.layout.stack(batch.members))
+            inputs = stack(batch.members)
+            started = clock()
+            if started - batch.started > HELD_UP:
+                rest = self.dispatch.drop_late(self, batch, started)
+                if rest is None:
+                    return None
+                if rest is not batch:
+                    outcome.batch = rest
+                    inputs = stack(rest.members)
+            outcome.outputs = self.state.engine.infer(inputs)
         except BaseException as error:
             outcome.error = error
         outcome.ended = clock()

@@ -79,6 +79,45 @@ def test_a_reply_is_encoded(case: dict[str, Any]) -> None:
     assert encode_reply(MODEL, "m", outputs, call).decode() == case["body"]
 
 
+@pytest.mark.parametrize(
+    ("datatype", "data", "said"),
+    [
+        ("FP32", b"[1, 1e999]", r"'x': data\[1\] cannot be read, expected a number within the range of FP32"),
+        ("FP64", b"[-1e999]", r"'x': data\[0\] cannot be read, expected a number"),
+        ("BOOL", b"[1e999]", r"'x': data\[0\] cannot be read, expected true, false, 0 or 1"),
+        ("INT8", b'[[1], ["\xff"]]', r"'x': data\[1\]\[0\] cannot be read, expected an integer"),
+        ("BYTES", b'["\xff"]', r"'x': data: .*utf-8.*, expected a string"),
+    ],
+)
+def test_values_that_no_decoder_can_show_are_refused_by_name(datatype: str, data: bytes, said: str) -> None:
+    shape = b"[2,1]" if data.startswith(b"[[") else b"[1]"
+    body = b'{"inputs":[{"name":"x","shape":%b,"datatype":"%b","data":%b}]}' % (shape, datatype.encode(), data)
+
+    with pytest.raises(InvalidInput, match=said):
+        decode_request(body)
+
+
+def test_an_error_is_never_much_larger_than_a_request_may_be() -> None:
+    faulty = {"name": "x", "shape": [1], "datatype": "FP31", "data": [1]}
+    bodies: list[dict[str, Any]] = [
+        {"inputs": [faulty | {"name": str(number)} for number in range(5000)]},
+        {"inputs": [faulty | {"name": "x" * 100_000}]},
+        {"inputs": [faulty | {"datatype": "F" * 100_000}]},
+        {"inputs": [], "outputs": [{"name": "y" * 100_000}]},
+        {"inputs": [], "outputs": [{"name": "y"}] * 5000},
+    ]
+
+    for body in bodies:
+        with pytest.raises(InvalidInput, match=r"^.{1,1000}$"):
+            decode_request(json.dumps(body).encode())
+
+
+def test_null_stands_for_what_is_left_out() -> None:
+    call = decode_request(b'{"id":null,"parameters":null,"outputs":null,"inputs":[]}')
+
+    assert (call.id, call.priority, call.timeout, call.outputs) == ("", None, None, None)
+
+
 def test_all_faulty_inputs_are_reported_at_once() -> None:
     tensors = [
         {"name": "a", "shape": [1], "datatype": "INT8", "data": [999]},

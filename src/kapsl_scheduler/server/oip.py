@@ -136,17 +136,21 @@ class InferCall(msgspec.Struct):
 
 # JSON's integers have no end; one that floats or the text of an error cannot hold must not come past the decoder.
 _Unsigned = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+# Names stand in the messages of errors, tensors each have one: without these bounds an error could be larger than the
+# request that it answers.
+_Name = Annotated[str, msgspec.Meta(max_length=1024)]
+_PerTensor = msgspec.Meta(max_length=1024)
 
 
 class _WireInput(msgspec.Struct):
-    name: str
+    name: _Name
     shape: Annotated[list[_Unsigned], msgspec.Meta(max_length=32)]  # numpy's own limit, 64 since its 2.0
-    datatype: str
+    datatype: Annotated[str, msgspec.Meta(max_length=64)]
     data: msgspec.Raw = msgspec.Raw(b"")
 
 
 class _WireRequestedOutput(msgspec.Struct):
-    name: str
+    name: _Name
 
 
 class _WireParameters(msgspec.Struct):
@@ -155,10 +159,10 @@ class _WireParameters(msgspec.Struct):
 
 
 class _WireRequest(msgspec.Struct):
-    inputs: list[_WireInput]
-    id: str = ""
+    inputs: Annotated[list[_WireInput], _PerTensor]
+    id: str | None = None
     parameters: _WireParameters | None = None
-    outputs: list[_WireRequestedOutput] | None = None
+    outputs: Annotated[list[_WireRequestedOutput], _PerTensor] | None = None
 
 
 class _WireTensor(msgspec.Struct):
@@ -200,7 +204,7 @@ def decode_request(body: bytes | bytearray | memoryview) -> InferCall:
             faults.append(str(error))
     if faults:
         raise InvalidInput("; ".join(faults))
-    call = InferCall(InferenceRequest(inputs), wire.id)
+    call = InferCall(InferenceRequest(inputs), wire.id or "")
     if wire.parameters is not None:
         call.priority = priority_from_oip(wire.parameters.priority)
         call.timeout = wire.parameters.timeout / 1e6 if wire.parameters.timeout else None
@@ -226,7 +230,7 @@ def _decode_tensor(tensor: _WireInput) -> Array:
         array = np.array(kind.decoders[depth - 1].decode(raw), kind.dtype)
         if array.ndim != depth:  # an array of objects takes lists for elements
             raise ValueError
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{where}: {_element_fault(raw, str(error), kind)}") from None
     except OverflowError:
         raise InvalidInput(f"{where}: a value is out of range, expected {kind.expected}") from None
@@ -250,7 +254,10 @@ def _element_fault(raw: bytes, message: str, kind: _Kind) -> str:
     path = _ELEMENT_PATH.search(message)
     if path is None:
         return f"data: {message}, expected {kind.expected}"
-    came = msgspec.json.decode(raw)
+    try:
+        came = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):  # as 1e999: no decoder can show it
+        return f"data{path.group(1)} cannot be read, expected {kind.expected}"
     for index in re.findall(r"\d+", path.group(1)):
         came = came[int(index)]
     shown = _ENCODER.encode(came).decode()

@@ -27,6 +27,7 @@ from kapsl_scheduler.errors import ModelLoadError
 from kapsl_scheduler.packages import LoadedPackage, load_model
 from kapsl_scheduler.runtime.registry import ModelRegistry
 from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
+from kapsl_scheduler.server.connection import Connection
 from kapsl_scheduler.server.http import HttpApi
 
 __all__ = ["Listening", "serve"]
@@ -208,7 +209,7 @@ async def _serve_http(
     server = _Server(
         uvicorn.Config(
             api,
-            http="httptools",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

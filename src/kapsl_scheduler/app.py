@@ -17,15 +17,16 @@ import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final, NamedTuple
 
 import uvicorn
 
 from kapsl_scheduler.config import Config, ConfigError, ModelSettings, unknown_key
 from kapsl_scheduler.engines.onnx import OnnxEngine, usable_providers
-from kapsl_scheduler.errors import ModelLoadError
+from kapsl_scheduler.errors import ModelLoadError, Overloaded, Unavailable
 from kapsl_scheduler.packages import LoadedPackage, load_model
-from kapsl_scheduler.runtime.registry import ModelRegistry
+from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
 from kapsl_scheduler.server.connection import Connection
 from kapsl_scheduler.server.http import HttpApi
@@ -52,9 +53,17 @@ class Listening(NamedTuple):
 
 
 class _Source(NamedTuple):
+    """A model to serve: its name, what was given for it, and what that is."""
+
     name: str
+    given: str
     package: LoadedPackage
     settings: ModelSettings
+
+
+class _Reload(NamedTuple):
+    old: ServedModel
+    task: asyncio.Task[ServedModel]
 
 
 async def serve(config: Config, models: Sequence[str], *, announce: Callable[[Listening], None]) -> None:
@@ -71,17 +80,80 @@ async def serve(config: Config, models: Sequence[str], *, announce: Callable[[Li
         tempfile.TemporaryDirectory(prefix="kapsl-") as workdir,
         _listen(config.server.host, config.server.port) as listener,
     ):
-        async with ModelRegistry(_start) as registry:
-            if await _done_before(stop, _load_all(config, models, Path(workdir), registry)):
-                await _serve_http(config, registry, listener, announce, stop)
+        async with ModelRegistry(_start) as registry, _Models(config, registry, Path(workdir)) as loading:
+            if await _done_before(stop, loading.load(models)):
+                await _serve_http(config, registry, loading, listener, announce, stop)
 
 
 # ------------------------------------------------------------------------------------------------ models
 
 
-async def _load_all(config: Config, models: Sequence[str], workdir: Path, registry: ModelRegistry[_Source]) -> None:
-    for source in await _open_all(config, models, workdir):
-        await registry.load(source.name, source)
+class _Models:
+    """Loads what the command line names, and loads it anew from the same place while the server runs.
+
+    Leaving the `async with` ends the loads that are still running. What was unpacked under `workdir` goes with its
+    model.
+    """
+
+    def __init__(self, config: Config, registry: ModelRegistry[_Source], workdir: Path) -> None:
+        self._config = config
+        self._registry = registry
+        self._workdir = workdir
+        self._given: dict[str, str] = {}
+        self._reloads: dict[str, _Reload] = {}
+        self._stopping = False
+
+    async def __aenter__(self) -> _Models:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        await asyncio.gather(*(reload.task for reload in self._reloads.values()), return_exceptions=True)
+
+    async def load(self, models: Sequence[str]) -> None:
+        """Loads all models. Raises `ModelLoadError`, and `ConfigError` for a configured model that is not there."""
+        for source in await _open_all(self._config, models, self._workdir):
+            await self._registry.load(source.name, source)
+            self._given[source.name] = source.given
+
+    async def reload(self, name: str) -> ServedModel:
+        """Reads a model's file again and puts what is there now in its place, without a gap.
+
+        Whoever asked may stop waiting: it goes on. Raises `ModelNotLoaded`, `ModelLoadError` (then the old model
+        stays), `Overloaded` while the model is being loaded already and `Unavailable` once `stop` was called.
+        """
+        old = self._registry.get(name)
+        if self._stopping:
+            raise Unavailable("the server is closing")
+        if name in self._reloads:
+            raise Overloaded(f"model {name!r} is being loaded already")
+        task = asyncio.create_task(self._reload(name))
+        self._reloads[name] = _Reload(old, task)
+        task.add_done_callback(lambda _: self._reloads.pop(name))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise
+            raise Unavailable("the server is closing") from None
+
+    async def _reload(self, name: str) -> ServedModel:
+        try:
+            _, package = await _open(self._given[name], self._workdir)
+            source = _source(name, self._given[name], package, self._config)
+            return await self._registry.replace(name, source, drain=self._config.server.drain)
+        except ModelLoadError as error:
+            _log.error("model %r was not replaced: %s", name, error)
+            raise
+
+    def stop(self) -> None:
+        """Refuses further reloads and ends those that still load; an old model that was replaced ends its requests."""
+        self._stopping = True
+        for reload in self._reloads.values():
+            if reload.old in self._registry.list():
+                reload.task.cancel()
 
 
 async def _open_all(config: Config, models: Sequence[str], workdir: Path) -> list[_Source]:
@@ -90,13 +162,17 @@ async def _open_all(config: Config, models: Sequence[str], workdir: Path) -> lis
         name, package = await _open(given, workdir)
         if name in sources:
             raise ModelLoadError(f"{given}: a model named {name!r} is there already; name this one NAME={given}")
-        sources[name] = _Source(name, package, config.for_model(name))
-        for warning in package.warnings:
-            _log.warning("%s: %s", given, warning)
+        sources[name] = _source(name, given, package, config)
     faults = [unknown_key("models", name, sources) for name in config.models if name not in sources]
     if faults:
         raise ConfigError(faults)
     return list(sources.values())
+
+
+def _source(name: str, given: str, package: LoadedPackage, config: Config) -> _Source:
+    for warning in package.warnings:
+        _log.warning("%s: %s", given, warning)
+    return _Source(name, given, package, config.for_model(name))
 
 
 async def _open(given: str, workdir: Path) -> tuple[str, LoadedPackage]:
@@ -193,6 +269,7 @@ def _listen(host: str, port: int) -> socket.socket:
 async def _serve_http(
     config: Config,
     registry: ModelRegistry[_Source],
+    models: _Models,
     listener: socket.socket,
     announce: Callable[[Listening], None],
     stop: asyncio.Event,
@@ -202,6 +279,7 @@ async def _serve_http(
         version=_version(),
         max_body_bytes=config.server.max_body_bytes,
         max_in_flight=config.server.max_in_flight,
+        reload=models.reload,
     )
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -225,6 +303,7 @@ async def _serve_http(
         serving = group.create_task(server.serve([listener]))
         await stop.wait()
         api.draining = True
+        models.stop()
         server.should_exit = True
         await asyncio.wait({serving}, timeout=config.server.drain)
         # Whoever still waits now hears that the server is closing, not that the connection is gone.

@@ -40,7 +40,7 @@ _ERRORS: Final[Mapping[str, type[errors.EngineError]]] = {
         errors.ResourceExhausted,
         errors.Unavailable,
     )
-}
+} | {errors.InvalidPackage.code: errors.ModelLoadError}  # its faults come as one text
 
 
 class _ErrorBody(msgspec.Struct):
@@ -111,6 +111,12 @@ class Client:
         answer: list[dict[str, Any]] = msgspec.json.decode(await self.post("/v2/repository/index", b"{}"))
         return answer
 
+    async def load(self, model: str) -> dict[str, Any]:
+        """Makes the server read a model's file again and put it in the place of what it serves, without a gap. The
+        answer, which comes when the old model has ended its requests, is as one of `models`."""
+        answer: dict[str, Any] = msgspec.json.decode(await self.post(_repository_path(model, "/load"), b""))
+        return answer
+
     async def metadata(self, model: str) -> dict[str, Any]:
         """Name, versions, platform, inputs and outputs of one model."""
         return await self.get(_model_path(model))
@@ -160,6 +166,10 @@ class Client:
 
 def _model_path(model: str, rest: str = "") -> str:
     return f"/v2/models/{quote(model, safe='')}{rest}"
+
+
+def _repository_path(model: str, rest: str) -> str:
+    return f"/v2/repository/models/{quote(model, safe='')}{rest}"
 
 
 def _error(answer: _Answer) -> errors.EngineError:

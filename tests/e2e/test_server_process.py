@@ -18,11 +18,13 @@ from kapsl_scheduler.demo.run import PACKAGE
 from kapsl_scheduler.errors import (
     DeadlineExceeded,
     InvalidInput,
+    ModelLoadError,
     ModelNotLoaded,
     Overloaded,
     ResourceExhausted,
     Unavailable,
 )
+from kapsl_scheduler.packages import build_package
 from kapsl_scheduler.types import Priority
 from tests.e2e.process import DIGITS, PATIENCE, build_working_model, serving, start, until, work
 
@@ -59,6 +61,50 @@ async def test_several_models_are_served_under_their_names(model: Path) -> None:
         assert [entry["name"] for entry in await client.models()] == ["other", "work"]
         classes = (await client.stats("work"))["scheduler"]["classes"]
         assert (classes["throughput"]["succeeded"], classes["latency_critical"]["succeeded"]) == (1, 0)
+
+
+async def test_a_model_is_replaced_while_requests_come_and_none_fails(model: Path, tmp_path: Path) -> None:
+    package = build_package(model, tmp_path / "work.aimod", version="1")
+    async with serving(package) as server, Client(server.url) as client:
+        answers = []
+
+        async def caller() -> None:
+            while not answers or answers[-1].model_version == "1":
+                answers.append(await client.infer("work", work(len(answers), turns=1)))
+
+        async with asyncio.TaskGroup() as group:
+            long = group.create_task(client.infer("work", work(5, LONG)))
+            await until(counted(client, "calls_in_flight", 1))
+            group.create_task(caller())
+            build_package(model, package, version="2")
+            loaded = await client.load("work")
+
+            assert (loaded["version"], loaded["state"]) == ("2", "READY")
+            assert ((await long).model_version, (await long).outputs["y"].item()) == ("1", 5)
+
+        assert [answer.outputs["y"].item() for answer in answers] == list(range(len(answers)))
+        package.write_bytes(b"no archive")
+        with pytest.raises(ModelLoadError, match="not a readable"):
+            await client.load("work")
+        assert (await client.infer("work", work(1, turns=1))).model_version == "2"
+
+
+async def test_a_signal_lets_the_requests_of_a_replaced_model_end(model: Path, tmp_path: Path) -> None:
+    package = build_package(model, tmp_path / "work.aimod", version="1")
+    async with serving(package) as server, Client(server.url) as client:
+        long = asyncio.create_task(client.infer("work", work(5, LONG * 2)))
+        await until(counted(client, "calls_in_flight", 1))
+        loading = asyncio.create_task(client.load("work"))
+
+        async def is_replaced() -> bool:
+            return (await client.stats("work"))["scheduler"]["admitted"] == 0
+
+        await until(is_replaced)
+        server.send(signal.SIGTERM)
+
+        assert (await long).outputs["y"].item() == 5
+        assert (await loading)["state"] in ("READY", "UNAVAILABLE")
+        assert await server.end() == (0, "")
 
 
 async def test_errors_keep_their_types_and_the_connection(model: Path) -> None:

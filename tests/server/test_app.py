@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kapsl_scheduler import app
 from kapsl_scheduler.config import Config
 from kapsl_scheduler.demo.run import PACKAGE
-from kapsl_scheduler.errors import ModelLoadError
+from kapsl_scheduler.errors import ModelLoadError, ModelNotLoaded, Overloaded, Unavailable
 from kapsl_scheduler.packages import build_package, load_package
 from kapsl_scheduler.runtime.registry import ModelRegistry
+from tests.e2e.process import DIGITS
 
 
 @pytest.mark.slow
@@ -38,6 +43,70 @@ async def test_what_a_package_was_unpacked_to_goes_with_its_model(tmp_path: Path
 
         await registry.unload("digits")
         assert list(unpacked.iterdir()) == []
+
+
+@asynccontextmanager
+async def loaded(tmp_path: Path) -> AsyncIterator[tuple[Path, ModelRegistry[Any], app._Models]]:
+    """The digits model under its name, from a package that a test may replace."""
+    package, unpacked = tmp_path / "digits.aimod", tmp_path / "unpacked"
+    shutil.copy(PACKAGE, package)
+    async with ModelRegistry(app._start) as registry, app._Models(Config(), registry, unpacked) as models:
+        await models.load([str(package)])
+        yield package, registry, models
+    assert list(unpacked.iterdir()) == []
+
+
+async def test_a_model_is_replaced_by_what_its_path_holds_now(tmp_path: Path) -> None:
+    async with loaded(tmp_path) as (package, registry, models):
+        old = registry.get("digits")
+        build_package(DIGITS, package, version="2", project_name="another name")
+
+        new = await models.reload("digits")
+
+        assert (new.name, new.info.version) == ("digits", "2")
+        assert registry.list() == [new]
+        assert not old.ready
+        assert len(list((tmp_path / "unpacked").iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"no archive", None])
+async def test_what_cannot_be_loaded_replaces_nothing(
+    tmp_path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with loaded(tmp_path) as (package, registry, models):
+        old = registry.get("digits")
+        package.unlink()
+        if content is not None:
+            package.write_bytes(content)
+
+        with pytest.raises(ModelLoadError, match=r"digits\.aimod"):
+            await models.reload("digits")
+        with pytest.raises(ModelNotLoaded, match="'digits'"):
+            await models.reload("none")
+
+        assert registry.get("digits") is old
+        assert old.ready
+    assert "model 'digits' was not replaced: " in caplog.text
+
+
+async def test_a_model_that_is_being_loaded_is_not_loaded_twice_and_a_stop_ends_it(tmp_path: Path) -> None:
+    async with loaded(tmp_path) as (package, registry, models):
+        old = registry.get("digits")
+        package.unlink()
+        os.mkfifo(package)  # takes as long to read as the test wants
+        first = asyncio.create_task(models.reload("digits"))
+        writer = await asyncio.to_thread(package.open, "wb")
+
+        with pytest.raises(Overloaded, match="being loaded already"):
+            await models.reload("digits")
+        models.stop()
+        writer.close()
+        with pytest.raises(Unavailable, match="closing"):
+            await first
+        with pytest.raises(Unavailable, match="closing"):
+            await models.reload("digits")
+
+        assert registry.get("digits") is old
 
 
 async def test_what_a_manifest_says_in_vain_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,7 +29,7 @@ from kapsl_scheduler.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from kapsl_scheduler.runtime.registry import ModelRegistry
+from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.server.http import HttpApi, status_of
 from kapsl_scheduler.types import InferenceResponse, ModelInfo, Priority
 
@@ -173,6 +173,34 @@ async def test_statistics_count_answers_and_calls() -> None:
     assert stats["answers"] == {"200": 1, "400": 1}
     assert stats["scheduler"]["succeeded"] == 1
     assert stats["scheduler"]["classes"]["latency_critical"]["succeeded"] == 1
+
+
+async def test_a_model_is_loaded_anew_by_name() -> None:
+    asked: list[str] = []
+    async with serving() as server:
+
+        async def reload(name: str) -> ServedModel:
+            asked.append(name)
+            return server.registry.get(name)
+
+        api = HttpApi(server.registry, version="1", reload=reload)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://server") as client:
+            path = "/v2/repository/models/m/load"
+            answers = [await client.post(path, content=body) for body in (b"", b"{}", b'{"parameters":{}}')]
+            with_parameters = await client.post(path, content=b'{"parameters":{"config":"{}"}}')
+            no_json = await client.post(path, content=b"[")
+            too_long = await client.post(path, content=b" " * 70_000)
+            unknown = await client.post("/v2/repository/models/no/load")
+
+        assert [answer.json() for answer in answers] == [
+            {"name": "m", "version": "3", "state": "READY", "reason": ""}
+        ] * 3
+        assert asked == ["m"] * 3 + ["no"]
+        assert "config" in assert_error(with_parameters, 400, "invalid_input")
+        assert_error(no_json, 400, "invalid_input")
+        assert_error(too_long, 413, "resource_exhausted")
+        assert_error(unknown, 404, "model_not_loaded")
+        assert_error(await server.client.post(path), 404, "not_found")
 
 
 # --------------------------------------------------------------------------------- the table of statuses

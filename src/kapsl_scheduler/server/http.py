@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, NoReturn
 
 import msgspec
@@ -44,6 +44,7 @@ _STATUS: Final[Mapping[type[BaseException], int]] = {
 # Seconds before it is looked whether the client is still there. A task that watches costs as much as the rest of
 # a short request, and one that is answered by then needs none; a client that goes sooner is noticed then.
 _WATCH_AFTER: Final = 0.05
+_LOAD_BYTES: Final = 64 << 10  # a load request says next to nothing
 _TRY_AGAIN: Final = frozenset({429, 503})
 _JSON: Final = "application/json"
 
@@ -74,18 +75,35 @@ def _json(body: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type=_JSON)
 
 
+def _index_entry(model: ServedModel) -> dict[str, str]:
+    state, reason = ("READY", "") if model.ready else ("UNAVAILABLE", "its engines are not ready")
+    return {"name": model.name, "version": model.info.version, "state": state, "reason": reason}
+
+
+class _LoadRequest(msgspec.Struct):
+    parameters: dict[str, Any] | None = None
+
+
 class HttpApi:
     """The server's routes over a registry of models.
 
     Bodies beyond `max_body_bytes` are refused with 413, inference requests beyond `max_in_flight` at a time with
     429; health and metadata are answered all the same. While `draining` is true the server says that it is not
-    ready; that changes nothing for requests that come all the same.
+    ready; that changes nothing for requests that come all the same. `reload` loads a model anew from where it came;
+    without it there is no route for that.
     """
 
     def __init__(
-        self, registry: ModelRegistry[Any], *, version: str, max_body_bytes: int = 64 << 20, max_in_flight: int = 4096
+        self,
+        registry: ModelRegistry[Any],
+        *,
+        version: str,
+        max_body_bytes: int = 64 << 20,
+        max_in_flight: int = 4096,
+        reload: Callable[[str], Awaitable[ServedModel]] | None = None,
     ) -> None:
         self.draining = False
+        self._reload = reload
         self._registry = registry
         self._version = version
         self._max_body_bytes = max_body_bytes
@@ -115,6 +133,8 @@ class HttpApi:
                 Route(prefix + "/ready", self._model_ready),
                 Route(prefix + "/stats", self._model_stats),
             ]
+        if self._reload is not None:
+            routes.append(Route("/v2/repository/models/{model}/load", self._load, methods=["POST"]))
         app = Starlette(
             routes=routes,
             exception_handlers={
@@ -142,7 +162,7 @@ class HttpApi:
         try:
             if self._in_flight > self._max_in_flight:
                 raise errors.Overloaded(f"{self._max_in_flight} inference requests are in flight, which is the limit")
-            body = await self._read_body(scope, receive)
+            body = await _read_body(scope, receive, self._max_body_bytes)
             model = self._registry.get(name, scope["path_params"].get("version", ""))
             call = decode_request(body)
             if call.outputs and model.info.outputs:
@@ -160,29 +180,6 @@ class HttpApi:
             self._answers.setdefault(name, Counter())[response.status_code] += 1
         await response(scope, receive, send)
 
-    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
-        declared = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
-        self._check_size(declared)
-        message = await receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            body: bytes = message.get("body", b"")
-            self._check_size(len(body))
-            return body
-        collected = bytearray()
-        while message["type"] == "http.request":
-            collected += message.get("body", b"")
-            self._check_size(len(collected))
-            if not message.get("more_body", False):
-                return bytes(collected)
-            message = await receive()
-        raise errors.Cancelled("the client went away before its request was complete")
-
-    def _check_size(self, size: int) -> None:
-        if size > self._max_body_bytes:
-            raise errors.ResourceExhausted(
-                f"the request body has {size} bytes or more, expected at most {self._max_body_bytes}"
-            )
-
     # ------------------------------------------------------------------------------------------- the rest
 
     async def _live(self, request: Request) -> Response:
@@ -196,11 +193,20 @@ class HttpApi:
         return _json({"name": "kapsl-scheduler", "version": self._version, "extensions": ["schedule_policy"]})
 
     async def _index(self, request: Request) -> Response:
-        def entry(model: ServedModel) -> dict[str, str]:
-            state, reason = ("READY", "") if model.ready else ("UNAVAILABLE", "its engines are not ready")
-            return {"name": model.name, "version": model.info.version, "state": state, "reason": reason}
+        return _json([_index_entry(model) for model in self._registry.list()])
 
-        return _json([entry(model) for model in self._registry.list()])
+    async def _load(self, request: Request) -> Response:
+        body = await _read_body(request.scope, request.receive, _LOAD_BYTES)
+        try:
+            parameters = msgspec.json.decode(body or b"{}", type=_LoadRequest).parameters
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise errors.InvalidInput(f"the request body is not a load request: {error}") from None
+        if parameters:
+            raise errors.InvalidInput(
+                f"parameters: {', '.join(parameters)} came, expected none: a model is loaded as is"
+            )
+        assert self._reload is not None
+        return _json(_index_entry(await self._reload(request.path_params["model"])))
 
     async def _model(self, request: Request) -> Response:
         model = self._requested(request)
@@ -252,6 +258,30 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._api.infer(scope, receive, send)
+
+
+async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The body, of `limit` bytes at most. Raises `ResourceExhausted` as soon as there are more."""
+    declared = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
+    _check_size(declared, limit)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        body: bytes = message.get("body", b"")
+        _check_size(len(body), limit)
+        return body
+    collected = bytearray()
+    while message["type"] == "http.request":
+        collected += message.get("body", b"")
+        _check_size(len(collected), limit)
+        if not message.get("more_body", False):
+            return bytes(collected)
+        message = await receive()
+    raise errors.Cancelled("the client went away before its request was complete")
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise errors.ResourceExhausted(f"the request body has {size} bytes or more, expected at most {limit}")
 
 
 async def _infer_while_connected(model: ServedModel, call: InferCall, receive: Receive) -> InferenceResponse:

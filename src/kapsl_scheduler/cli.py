@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 
 from kapsl_scheduler.config import ConfigError, ModelSettings, ServerSettings, load_config
-from kapsl_scheduler.errors import EngineError, ModelNotLoaded, Unavailable
-from kapsl_scheduler.types import Priority
+from kapsl_scheduler.errors import EngineError, InvalidPackage, ModelNotLoaded, Unavailable
+from kapsl_scheduler.types import InferenceRequest, Priority, dtype_name
 
 try:
     import click
@@ -74,7 +74,7 @@ class _Commands(click.Group):
             raise click.UsageError(str(error)) from error
         except EngineError as error:
             advice = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), "")
-            raise click.ClickException("\n".join(filter(None, [str(error), advice]))) from error
+            raise click.ClickException("\n".join(filter(None, [_message(error), advice]))) from error
         except ModuleNotFoundError as error:
             if error.name not in _EXTRAS:
                 raise
@@ -82,6 +82,12 @@ class _Commands(click.Group):
             raise click.ClickException(message) from error
         except OSError as error:
             raise click.ClickException(str(error)) from error
+
+
+def _message(error: EngineError) -> str:
+    if isinstance(error, InvalidPackage) and len(error.faults) > 1:
+        return "\n  ".join((f"{error.source}: {len(error.faults)} faults", *error.faults))
+    return str(error)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -171,15 +177,24 @@ def infer(model: str, source: str | None, priority: str | None, timeout: float |
         return
     for name, array in reply.outputs.items():
         shape = "x".join(map(str, array.shape))
-        click.echo(f"{name} {array.dtype} {shape}\n{np.array2string(array, precision=6, suppress_small=True)}")
+        click.echo(
+            f"{name} {dtype_name(array.dtype)} {shape}\n{np.array2string(array, precision=6, suppress_small=True)}"
+        )
 
 
 async def _infer(model: str, given: Any, priority: Priority | None, timeout: float | None, url: str) -> InferReply:
-    from kapsl_scheduler.client import Client, fit_inputs
+    from kapsl_scheduler.client import Client, read_call
 
     async with Client(url) as client:
-        inputs = fit_inputs(given, await client.metadata(model))
-        return await client.infer(model, inputs, priority=priority, timeout=timeout)
+        call = read_call(given, await client.metadata(model))
+        return await client.infer(
+            model,
+            call.request.inputs,
+            priority=call.priority if priority is None else priority,
+            timeout=call.timeout if timeout is None else timeout,
+            outputs=call.outputs,
+            id=call.id,
+        )
 
 
 @main.command()
@@ -264,13 +279,23 @@ async def _bench(
     rows: int,
     url: str,
 ) -> LoadTally:
-    from kapsl_scheduler.client import Client, closed_loop, fit_inputs, random_inputs
+    from kapsl_scheduler.client import Client, closed_loop, random_inputs, read_call
+    from kapsl_scheduler.server.oip import InferCall
 
     async with Client(url) as client:
         metadata = await client.metadata(model)
-        inputs = random_inputs(metadata, rows) if given is None else fit_inputs(given, metadata)
-        call = client.prepare(model, inputs, priority=priority)
-        return await closed_loop(call, callers=connections, seconds=seconds)
+        if given is None:
+            call = InferCall(InferenceRequest(random_inputs(metadata, rows)))
+        else:
+            call = read_call(given, metadata)
+        send = client.prepare(
+            model,
+            call.request.inputs,
+            priority=call.priority if priority is None else priority,
+            timeout=call.timeout,
+            outputs=call.outputs,
+        )
+        return await closed_loop(send, callers=connections, seconds=seconds)
 
 
 def _ms(seconds: float | None) -> str:
@@ -303,6 +328,8 @@ def pack(model: Path, output: Path, manifest: Path | None, extra: tuple[Path, ..
     keys = _read_json(manifest.read_bytes(), str(manifest)) if manifest else {}
     if not isinstance(keys, dict):
         raise click.ClickException(f"{manifest}: expected a JSON object with keys of the manifest")
+    if "extra_files" in keys:  # no key of a manifest, but the name of an argument
+        raise click.ClickException(f"{manifest}: extra_files: unknown key; --extra adds files")
     keys |= {key: value for key, value in fields.items() if value is not None}
     click.echo(build_package(model, output, extra_files=extra, **keys))
 

@@ -21,10 +21,17 @@ import msgspec
 import numpy as np
 
 from kapsl_scheduler import errors
-from kapsl_scheduler.server.oip import InferReply, decode_reply, encode_request, numpy_dtype_of
-from kapsl_scheduler.types import Array, Priority, Tensors
+from kapsl_scheduler.server.oip import (
+    InferCall,
+    InferReply,
+    decode_reply,
+    decode_request,
+    encode_request,
+    numpy_dtype_of,
+)
+from kapsl_scheduler.types import Array, InferenceRequest, Priority, Tensors
 
-__all__ = ["Client", "LoadTally", "closed_loop", "fit_inputs", "random_inputs"]
+__all__ = ["Client", "LoadTally", "closed_loop", "fit_inputs", "random_inputs", "read_call"]
 
 _ERRORS: Final[Mapping[str, type[errors.EngineError]]] = {
     error.code: error
@@ -55,21 +62,27 @@ class _Answer(NamedTuple):
 
 
 class Client:
-    """Calls a server at `url` (`http://` or `https://`).
+    """Calls a server at `url` (`http://` or `https://`, and a path if the server is behind one).
 
     Every method raises the error that the server named, with its type, and `Unavailable` where there is no
     server or where it went away. Cancelling a call closes its connection, which cancels it on the server.
     """
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port
+        except ValueError as error:
+            raise errors.InvalidInput(f"{url!r} is no server address: {error}") from None
+        extra = parts.query or parts.fragment or parts.username or parts.password
+        if parts.scheme not in ("http", "https") or not parts.hostname or extra:
             raise errors.InvalidInput(f"{url!r} is no server address, expected one like http://127.0.0.1:8080")
-        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._base = quote(parts.path.rstrip("/"), safe="/%")
+        self.url = f"{parts.scheme}://{parts.netloc}{self._base}"
         self._host = parts.hostname
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._port = port or (443 if parts.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._authority = parts.netloc.rpartition("@")[2].encode()
+        self._authority = parts.netloc.encode()
         self._idle: list[_Connection] = []
 
     async def __aenter__(self) -> Client:
@@ -100,11 +113,17 @@ class Client:
         return decode_reply(await self.post(_model_path(model, "/infer"), body))
 
     def prepare(
-        self, model: str, inputs: Tensors, *, priority: Priority | None = None
+        self,
+        model: str,
+        inputs: Tensors,
+        *,
+        priority: Priority | None = None,
+        timeout: float | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> Callable[[], Awaitable[bytes]]:
         """The same inference, encoded once and sent at every call; the answer is not decoded. For load."""
-        path, body = _model_path(model, "/infer"), encode_request(inputs, priority=priority)
-        return lambda: self.post(path, body)
+        body = encode_request(inputs, priority=priority, timeout=timeout, outputs=outputs)
+        return lambda: self.post(_model_path(model, "/infer"), body)
 
     async def models(self) -> list[dict[str, Any]]:
         """The loaded models: name, version, state."""
@@ -138,7 +157,7 @@ class Client:
 
     async def _call(self, method: bytes, path: str, body: bytes) -> bytes:
         head = b"%b %b HTTP/1.1\r\nhost: %b\r\ncontent-length: %d\r\n\r\n"
-        request = head % (method, path.encode(), self._authority, len(body)) + body
+        request = head % (method, (self._base + path).encode(), self._authority, len(body)) + body
         connection = await self._connect()
         try:
             answer = await connection.exchange(request)
@@ -234,11 +253,20 @@ class _Connection(asyncio.Protocol):
 # ------------------------------------------------------------------------------------------------ inputs
 
 
+def read_call(given: Any, metadata: Mapping[str, Any]) -> InferCall:
+    """What a person wrote as a call: a whole request of the protocol, decoded from JSON, or else what `fit_inputs`
+    takes. Raises `InvalidInput`."""
+    inputs = given.get("inputs") if isinstance(given, Mapping) else None
+    if isinstance(inputs, list) and inputs and all(isinstance(tensor, Mapping) for tensor in inputs):
+        return decode_request(msgspec.json.encode(given))
+    return InferCall(InferenceRequest(fit_inputs(given, metadata)))
+
+
 def fit_inputs(given: Any, metadata: Mapping[str, Any]) -> dict[str, Array]:
     """What a person wrote as the inputs that a model's metadata describes: `{name: value}`, or one value for a
     model with one input, as arrays or nested lists. A value that lacks just a leading batch axis is one row.
 
-    Raises `InvalidInput` for names and values that do not fit.
+    Raises `InvalidInput` for names that do not fit, and for values that the datatype or JSON cannot hold.
     """
     specs = {spec["name"]: spec for spec in metadata["inputs"]}
     if not isinstance(given, Mapping):
@@ -250,13 +278,28 @@ def fit_inputs(given: Any, metadata: Mapping[str, Any]) -> dict[str, Array]:
         if name not in specs:
             raise errors.InvalidInput(f"input {name!r} came, expected one of {', '.join(specs)}")
         datatype, shape = specs[name]["datatype"], specs[name]["shape"]
-        try:
-            array = np.asarray(value, numpy_dtype_of(datatype))
-        except (ValueError, TypeError, OverflowError) as error:
-            raise errors.InvalidInput(f"input {name!r}: not convertible to {datatype}: {error}") from error
+        array = _fit(name, value, datatype)
         lacks_batch_axis = shape[:1] == [-1] and array.ndim == len(shape) - 1
         inputs[name] = array[np.newaxis] if lacks_batch_axis else array
     return inputs
+
+
+def _fit(name: str, value: Any, datatype: str) -> Array:
+    dtype = numpy_dtype_of(datatype)
+    try:
+        natural = np.asarray(value)
+        with np.errstate(over="raise"):
+            array = np.asarray(value, dtype)
+    except (ValueError, TypeError, OverflowError, FloatingPointError) as error:
+        raise errors.InvalidInput(f"input {name!r}: not convertible to {datatype}: {error}") from error
+    if natural.size and (natural.dtype.kind in "US") != (dtype.kind == "O"):
+        raise errors.InvalidInput(f"input {name!r}: not convertible to {datatype}: {natural.dtype.name} came")
+    # numpy would cut 1.5 down to 1, and call it true.
+    if dtype.kind in "iub" and not np.array_equal(natural, array):
+        raise errors.InvalidInput(f"input {name!r}: values came that {datatype} cannot hold")
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        raise errors.InvalidInput(f"input {name!r}: NaN or infinity came, which JSON cannot carry")
+    return array
 
 
 def random_inputs(metadata: Mapping[str, Any], rows: int) -> dict[str, Array]:

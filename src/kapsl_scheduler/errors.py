@@ -67,12 +67,14 @@ class ModelLoadError(EngineError):
 
 
 class InvalidPackage(ModelLoadError):
-    """A package or its manifest is faulty. `faults` has every fault found, each with its path."""
+    """A package or its manifest is faulty. `faults` has every fault found, each with its path; `source` names the
+    package."""
 
     code = "invalid_package"
 
     def __init__(self, faults: Sequence[str], *, source: str = "package") -> None:
         self.faults = tuple(faults)
+        self.source = source
         super().__init__(f"{source}: " + "; ".join(self.faults))
 
 

@@ -31,6 +31,12 @@ async def test_a_packed_model_is_served_asked_listed_and_loaded(tmp_path: Path) 
         code, printed, _ = await run("infer", "zeros", "--input", pixels, *url)
         assert (code, printed.splitlines()[0]) == (0, "probabilities float32 1x10")
 
+        request = tmp_path / "request.json"
+        tensor = {"name": "pixels", "shape": [2, 64], "datatype": "FP32", "data": [0] * 128}
+        request.write_text(json.dumps({"inputs": [tensor], "parameters": {"priority": 3}}))
+        code, printed, _ = await run("infer", "zeros", "--input", request, *url)
+        assert (code, printed.splitlines()[0]) == (0, "probabilities float32 2x10")
+
         code, printed, _ = await run("bench", "zeros", "--connections", "2", "--seconds", "0.2", "--json", *url)
         figures = json.loads(printed)
         assert (code, figures["errors"]) == (0, {})
@@ -41,7 +47,7 @@ async def test_a_packed_model_is_served_asked_listed_and_loaded(tmp_path: Path) 
         (listed,) = json.loads(printed)
         assert (code, listed["name"], listed["version"], listed["state"]) == (0, "zeros", "7", "READY")
         assert listed["inputs"] == [{"name": "pixels", "datatype": "FP32", "shape": [-1, 64]}]
-        assert listed["stats"]["answers"]["200"] == figures["requests"] + 2
+        assert listed["stats"]["answers"]["200"] == figures["requests"] + 3
         code, printed, _ = await run("models", *url)
         assert "input  pixels  FP32 [?, 64]" in printed
 
@@ -78,6 +84,7 @@ async def test_a_taken_port_is_one_line_that_says_what_to_do() -> None:
         (("infer", "m", "--input", __file__), {}, 1, "is not JSON"),
         (("models", "--url", "http://127.0.0.1:1"), {}, 1, "kapsl-scheduler serve"),
         (("models", "--url", "ftp://x"), {}, 1, "no server address"),
+        (("models", "--url", "http://127.0.0.1:99999"), {}, 1, "no server address"),
     ],
 )
 async def test_errors_say_what_to_do(
@@ -88,6 +95,26 @@ async def test_errors_say_what_to_do(
     assert (exit_code, printed) == (code, "")
     assert said in message
     assert "Traceback" not in message
+
+
+async def test_every_fault_of_a_manifest_has_a_line_of_its_own(tmp_path: Path) -> None:
+    manifest, package = tmp_path / "manifest.json", tmp_path / "package.aimod"
+    manifest.write_text('{"version": 5, "cron_jobs": [{"id": ""}], "task": "digits"}')
+
+    code, printed, said = await run("pack", DIGITS, "-o", package, "--manifest", manifest)
+
+    assert (code, printed) == (1, "")
+    assert said.splitlines() == [
+        f"Error: {package}: 4 faults",
+        "  version: expected a string, got 5",
+        "  cron_jobs[0].id: expected a string that is not empty, got ''",
+        '  cron_jobs[0].schedule: expected a cron expression or {"interval_secs": seconds}, got nothing',
+        "  cron_jobs[0].input: expected a tensor, got nothing",
+    ]
+    manifest.write_text('{"extra_files": []}')
+    code, _, said = await run("pack", DIGITS, "-o", package, "--manifest", manifest)
+    assert (code, said) == (1, f"Error: {manifest}: extra_files: unknown key; --extra adds files\n")
+    assert not package.exists()
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kapsl_scheduler.client import Client, LoadTally, closed_loop, fit_inputs, random_inputs
+from kapsl_scheduler.client import Client, LoadTally, closed_loop, fit_inputs, random_inputs, read_call
 from kapsl_scheduler.errors import EngineError, InvalidInput, ModelNotLoaded, Overloaded, Unavailable
+from kapsl_scheduler.types import Priority
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -127,7 +128,24 @@ async def test_a_cancelled_call_closes_its_connection() -> None:
         await peer.closed.wait()
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "http://", ""])
+@pytest.mark.parametrize("base", ["/models", "/models/", "models a"])
+async def test_a_server_may_be_behind_a_path(base: str) -> None:
+    async with talking_to(answer(b"{}")) as (client, peer):
+        behind = Client(f"{client.url}/{base.lstrip('/')}")
+        await behind.metadata("m")
+        behind.close()
+
+    path = peer.requests[0].split(b" ")[1]
+    assert path == f"/{base.strip('/').replace(' ', '%20')}/v2/models/m".encode()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://host", "http://", "", "http://host:99999", "http://host:port", "http://[::1"),
+        *("http://user:secret@host", "http://host/?model=m"),
+    ],
+)
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(InvalidInput, match="no server address"):
         Client(url)
@@ -188,13 +206,60 @@ def test_several_inputs_go_by_name() -> None:
         fit_inputs([1], TWO)
 
 
+def inputs_of(datatype: str) -> dict[str, Any]:
+    return {"inputs": [{"name": "x", "datatype": datatype, "shape": [-1]}]}
+
+
 @pytest.mark.parametrize(
-    ("given", "said"),
-    [({"y": 1}, "'y' came, expected one of x"), (["a"], "'x': not convertible to FP32"), ([[1], [1, 2]], "'x'")],
+    ("datatype", "given", "said"),
+    [
+        ("FP32", {"y": 1}, "'y' came, expected one of x"),
+        ("FP32", ["a"], "'x': not convertible to FP32"),
+        ("FP32", ["1.5"], "'x': not convertible to FP32: str"),
+        ("FP32", [[1], [1, 2]], "'x'"),
+        ("FP32", [1e39], "'x': not convertible to FP32"),
+        ("FP16", [1.0, None], "'x': NaN or infinity came"),
+        ("FP64", np.array([np.nan]), "'x': NaN or infinity came"),
+        ("INT64", [1, 1.5], "'x': values came that INT64 cannot hold"),
+        ("UINT8", np.array([1, 256]), "'x': values came that UINT8 cannot hold"),
+        ("BOOL", [0.5], "'x': values came that BOOL cannot hold"),
+        ("BOOL", ["false"], "'x': not convertible to BOOL: str"),
+        ("BYTES", [1], "'x': not convertible to BYTES: int64 came"),
+    ],
 )
-def test_inputs_that_do_not_fit_are_refused(given: Any, said: str) -> None:
+def test_inputs_that_do_not_fit_are_refused(datatype: str, given: Any, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
-        fit_inputs(given, ONE)
+        fit_inputs(given, inputs_of(datatype))
+
+
+@pytest.mark.parametrize(
+    ("datatype", "given"),
+    [
+        *(("BOOL", [0, 1, True]), ("INT8", [-128, 127]), ("INT64", [1.0, -(2.0**60)]), ("UINT64", [1, 2**64 - 1])),
+        *(("FP16", [1, 2.5]), ("FP32", [2**70]), ("BYTES", ["a", "ä"]), ("BYTES", []), ("FP32", [])),
+    ],
+)
+def test_values_that_the_datatype_can_hold_stay_what_they_are(datatype: str, given: list[Any]) -> None:
+    assert fit_inputs(given, inputs_of(datatype))["x"].tolist() == given
+
+
+def test_a_whole_request_keeps_what_it_says() -> None:
+    tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}
+    parameters = {"priority": 2, "timeout": 500_000}
+
+    call = read_call({"id": "7", "inputs": [tensor], "outputs": [{"name": "y"}], "parameters": parameters}, ONE)
+
+    assert (call.id, call.priority, call.timeout, call.outputs) == ("7", Priority.THROUGHPUT, 0.5, ("y",))
+    assert call.request.inputs["x"].tolist() == [[1, 2]]
+    with pytest.raises(InvalidInput, match="'x': data has 1 elements"):
+        read_call({"inputs": [tensor | {"data": [1]}]}, ONE)
+
+
+def test_an_input_may_be_called_inputs() -> None:
+    metadata = {"inputs": [{"name": "inputs", "datatype": "FP32", "shape": [-1, 2]}]}
+
+    assert read_call({"inputs": [[1, 2]]}, metadata).request.inputs["inputs"].tolist() == [[1, 2]]
+    assert read_call([1, 2], metadata).request.inputs["inputs"].tolist() == [[1, 2]]
 
 
 def test_random_inputs_have_the_shapes_of_the_model() -> None:

@@ -160,6 +160,8 @@ async def _open_all(config: Config, models: Sequence[str], workdir: Path) -> lis
     sources: dict[str, _Source] = {}
     for given in models:
         name, package = await _open(given, workdir)
+        if "/" in name or name in (".", "..") or not name.isprintable():
+            raise ModelLoadError(f"{given}: a model named {name!r} has no URL; name this one NAME={given}")
         if name in sources:
             raise ModelLoadError(f"{given}: a model named {name!r} is there already; name this one NAME={given}")
         sources[name] = _source(name, given, package, config)

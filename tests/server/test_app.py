@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -43,6 +44,16 @@ async def test_what_a_package_was_unpacked_to_goes_with_its_model(tmp_path: Path
 
         await registry.unload("digits")
         assert list(unpacked.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["org/digits", "..", "digits\n"])
+async def test_a_model_whose_name_has_no_url_needs_another_name(tmp_path: Path, name: str) -> None:
+    package = build_package(DIGITS, tmp_path / "model.aimod", project_name=name)
+
+    with pytest.raises(ModelLoadError, match=f"has no URL; name this one NAME={re.escape(str(package))}$"):
+        await app._open_all(Config(), [str(package)], tmp_path)
+    (source,) = await app._open_all(Config(), [f"digits={package}"], tmp_path)
+    assert source.name == "digits"
 
 
 @asynccontextmanager

@@ -56,6 +56,19 @@ def test_what_numpy_takes_for_an_array_becomes_one() -> None:
     assert output.tolist() == [1.5, 2.5]
 
 
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: (value,), lambda value: {"y": value}])
+@pytest.mark.parametrize("value", [(number for number in range(3)), object(), {1, 2}])
+def test_an_object_that_is_no_array_is_no_answer(wrap: Any, value: Any) -> None:
+    engine = loaded(lambda x: wrap(value))
+    with pytest.raises(InferenceError, match=f"expected an array, got a {type(value).__name__}"):
+        engine.infer({"x": X})
+
+
+def test_a_single_string_is_an_answer() -> None:
+    text = np.array("text", object)
+    assert loaded(lambda x: text, batched=False).infer({"x": X})["output_0"] is text
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
     [

@@ -263,6 +263,22 @@ def test_missing_external_data_is_a_load_error(tmp_path: Path) -> None:
         OnnxEngine(path).load()
 
 
+@pytest.mark.parametrize("location", ["../secret.bin", "sub/../../secret.bin", "{absolute}"])
+def test_external_data_is_read_from_beside_the_model_only(tmp_path: Path, location: str) -> None:
+    (tmp_path / "package").mkdir()
+    path = onnx_models.save_with_external_data(tmp_path / "package" / "model.onnx")
+    secret = (tmp_path / "package" / "weights.bin").rename(tmp_path / "secret.bin")
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location.format(absolute=secret)
+    path.write_bytes(model.SerializeToString())
+
+    with pytest.raises(ModelLoadError, match=r"(?i)external data"):
+        OnnxEngine(path).load()
+
+
 def test_types_without_an_array_are_load_errors(tmp_path: Path) -> None:
     sequence = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
     built = onnx_models.model(

@@ -150,7 +150,7 @@ class CallableEngine:
         """What the function returned, as arrays by name."""
         declared = self._output_names
         if isinstance(result, Mapping):
-            outputs = {name: np.asarray(value) for name, value in result.items()}
+            outputs = {name: self._array(value) for name, value in result.items()}
             if declared and outputs.keys() != set(declared):
                 raise InferenceError(f"{self._info.name}: {_expected(declared)}, got {', '.join(outputs)}")
             return outputs
@@ -160,7 +160,17 @@ class CallableEngine:
         names = declared or tuple(f"output_{index}" for index in range(len(values)))
         if len(names) != len(values):
             raise InferenceError(f"{self._info.name}: {_expected(declared)}, got {len(values)} without names")
-        return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
+        return {name: self._array(value) for name, value in zip(names, values, strict=True)}
+
+    def _array(self, value: Any) -> Array:
+        array = np.asarray(value)
+        if array.ndim == 0 and array.dtype == object and array is not value:
+            # numpy makes an array of anything: a coroutine that nobody awaits would be an answer.
+            raise InferenceError(
+                f"{self._info.name}: expected an array, got a {type(value).__name__}; a function that returns "
+                "generators or coroutines must be a generator or coroutine function itself"
+            )
+        return array
 
     def _count(self, inputs: Tensors, started: float, *, failed: bool) -> None:
         self._tally.add(self._rows(inputs), time.perf_counter() - started, failed=failed)

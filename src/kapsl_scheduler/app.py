@@ -174,6 +174,8 @@ async def _open_all(config: Config, models: Sequence[str], workdir: Path) -> lis
 def _source(name: str, given: str, package: LoadedPackage, config: Config) -> _Source:
     for warning in package.warnings:
         _log.warning("%s: %s", given, warning)
+    if package.manifest.cron_jobs:
+        _log.warning("%s: cron_jobs: kept, but this version does not run them", given)
     return _Source(name, given, package, config.for_model(name))
 
 
@@ -229,10 +231,13 @@ def _engine(source: _Source) -> OnnxEngine:
     if manifest.framework.lower() != "onnx":
         raise ModelLoadError(f"{source.name}: framework {manifest.framework!r} came, expected 'onnx'")
     requirements = manifest.hardware_requirements
-    preferred = filter(None, (requirements.preferred_provider, *requirements.fallback_providers))
+    preferred = requirements.preferred_provider
+    providers = usable_providers(filter(None, (preferred, *requirements.fallback_providers)))
+    if preferred and not preferred.lower().startswith(providers[0]):
+        _log.warning("%s: this onnxruntime has no provider %r, so %r it is", source.given, preferred, providers[0])
     return OnnxEngine(
         source.package.model_path,
-        providers=usable_providers(preferred),
+        providers=providers,
         threads=source.settings.threads,
         graph_optimization_level=requirements.graph_optimization_level or "all",
         name=source.name,

@@ -131,6 +131,28 @@ async def test_what_a_manifest_says_in_vain_is_logged(tmp_path: Path, caplog: py
     assert caplog.messages == [f"{tmp_path / 'model'}: task: unknown key, ignored"]
 
 
+async def test_what_a_package_asks_for_and_does_not_get_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = {"id": "beat", "schedule": "0 * * * * *", "input": {"shape": [1], "dtype": "uint8", "data": [0]}}
+    wanted = {"preferred_provider": "ACUDAExecutionProvider", "fallback_providers": ["CPUExecutionProvider"]}
+    package = build_package(
+        DIGITS, tmp_path / "digits.aimod", cron_jobs=[job], hardware_requirements=wanted, project_name="digits"
+    )
+    plain = build_package(
+        DIGITS, tmp_path / "plain.aimod", hardware_requirements={"preferred_provider": "CPUExecutionProvider"}
+    )
+
+    sources = await app._open_all(Config(), [str(package), f"plain={plain}"], tmp_path / "unpacked")
+    for source in sources:
+        app._engine(source)
+
+    assert caplog.messages == [
+        f"{package}: cron_jobs: kept, but this version does not run them",
+        f"{package}: this onnxruntime has no provider 'ACUDAExecutionProvider', so 'cpu' it is",
+    ]
+
+
 @pytest.fixture
 def limit() -> Iterator[tuple[int, int]]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

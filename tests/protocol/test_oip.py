@@ -112,6 +112,11 @@ def test_an_error_is_never_much_larger_than_a_request_may_be() -> None:
             decode_request(json.dumps(body).encode())
 
 
+def test_an_output_is_sent_once() -> None:
+    with pytest.raises(InvalidInput, match="output 'y' was asked for twice, expected once"):
+        decode_request(b'{"inputs":[],"outputs":[{"name":"x"},{"name":"y"},{"name":"y"}]}')
+
+
 def test_null_stands_for_what_is_left_out() -> None:
     call = decode_request(b'{"id":null,"parameters":null,"outputs":null,"inputs":[]}')
 

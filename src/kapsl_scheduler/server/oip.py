@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import GenericAlias
 from typing import Annotated, Any, Final
@@ -210,6 +211,9 @@ def decode_request(body: bytes | bytearray | memoryview) -> InferCall:
         call.timeout = wire.parameters.timeout / 1e6 if wire.parameters.timeout else None
     if wire.outputs:
         call.outputs = tuple(output.name for output in wire.outputs)
+        if len(set(call.outputs)) < len(call.outputs):
+            twice = next(name for name, count in Counter(call.outputs).items() if count > 1)
+            raise InvalidInput(f"output {twice!r} was asked for twice, expected once")
     return call
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -253,6 +254,27 @@ async def test_400(data: Any, keys: dict[str, Any], said: str) -> None:
 
         assert said in assert_error(response, 400, "invalid_input")
         assert server.scheduler.statistics().calls == 0
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "body", "said"),
+    [
+        ("content-encoding", "gzip", gzip.compress(body_of()), "a compressed body came (content-encoding: gzip)"),
+        (
+            "inference-header-content-length",
+            "76",
+            b'{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","parameters":{"binary_data_size":8}}]}' + bytes(8),
+            "binary tensor data came (inference-header-content-length: 76)",
+        ),
+    ],
+)
+async def test_400_for_a_body_in_another_form_names_the_form(header: str, value: str, body: bytes, said: str) -> None:
+    async with serving() as server:
+        response = await server.client.post("/v2/models/m/infer", content=body, headers={header: value})
+        plain = await server.client.post("/v2/models/m/infer", content=body_of(), headers={header: "identity"})
+
+    assert assert_error(response, 400, "invalid_input").startswith(said)
+    assert plain.status_code == 200
 
 
 async def test_400_for_more_rows_than_a_batch_may_have_names_the_limit() -> None:

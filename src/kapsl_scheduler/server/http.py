@@ -45,6 +45,12 @@ _STATUS: Final[Mapping[type[BaseException], int]] = {
 # a short request, and one that is answered by then needs none; a client that goes sooner is noticed then.
 _WATCH_AFTER: Final = 0.05
 _LOAD_BYTES: Final = 64 << 10  # a load request says next to nothing
+# Clients say by a header that a body is not plain JSON.
+_FOREIGN_FORMS: Final[Mapping[bytes, str]] = {
+    b"content-encoding": "a compressed body",
+    b"inference-header-content-length": "binary tensor data",
+}
+_EXPECTED: Final = "expected JSON as it is, with the values of each tensor in data"
 _TRY_AGAIN: Final = frozenset({429, 503})
 _JSON: Final = "application/json"
 
@@ -164,7 +170,7 @@ class HttpApi:
                 raise errors.Overloaded(f"{self._max_in_flight} inference requests are in flight, which is the limit")
             body = await _read_body(scope, receive, self._max_body_bytes)
             model = self._registry.get(name, scope["path_params"].get("version", ""))
-            call = decode_request(body)
+            call = _decode(body, scope)
             if call.outputs and model.info.outputs:
                 check_outputs(call.outputs, (spec.name for spec in model.info.outputs))
             answer = await _infer_while_connected(model, call, receive)
@@ -282,6 +288,18 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 def _check_size(size: int, limit: int) -> None:
     if size > limit:
         raise errors.ResourceExhausted(f"the request body has {size} bytes or more, expected at most {limit}")
+
+
+def _decode(body: bytes, scope: Scope) -> InferCall:
+    try:
+        return decode_request(body)
+    except errors.InvalidInput:
+        for name, value in scope["headers"]:  # only a body that cannot be read pays for this look at its form
+            if form := _FOREIGN_FORMS.get(name):
+                raise errors.InvalidInput(
+                    f"{form} came ({name.decode()}: {value.decode('latin-1')}), {_EXPECTED}"
+                ) from None
+        raise
 
 
 async def _infer_while_connected(model: ServedModel, call: InferCall, receive: Receive) -> InferenceResponse:

@@ -140,15 +140,22 @@ async def _server() -> AsyncIterator[str]:
     )
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(_PATIENCE):
-            words = (await process.stdout.readline()).decode().split()
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                words = (await process.stdout.readline()).decode().split()
+        except TimeoutError:
+            raise Unavailable(f"the server did not start within {_PATIENCE:g} s") from None
         if words[:2] != ["listening", "on"]:
             raise Unavailable("the server did not start; what it printed says why")
         yield words[2]
     finally:
         if process.returncode is None:
             process.terminate()
-        async with asyncio.timeout(_PATIENCE):
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
             await process.wait()
 
 

@@ -112,6 +112,10 @@ def test_an_error_is_never_much_larger_than_a_request_may_be() -> None:
             decode_request(json.dumps(body).encode())
 
 
+def test_the_shortest_timeout_is_not_sent_as_none() -> None:
+    assert decode_request(encode_request({}, timeout=1e-9)).timeout == 1e-6
+
+
 def test_an_output_is_sent_once() -> None:
     with pytest.raises(InvalidInput, match="output 'y' was asked for twice, expected once"):
         decode_request(b'{"inputs":[],"outputs":[{"name":"x"},{"name":"y"},{"name":"y"}]}')

@@ -13,12 +13,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kapsl_scheduler import app
-from kapsl_scheduler.config import Config
+from kapsl_scheduler.config import Config, ModelSettings
 from kapsl_scheduler.demo.run import PACKAGE
-from kapsl_scheduler.errors import ModelLoadError, ModelNotLoaded, Overloaded, Unavailable
+from kapsl_scheduler.errors import InvalidInput, ModelLoadError, ModelNotLoaded, Overloaded, Unavailable
 from kapsl_scheduler.packages import build_package, load_package
 from kapsl_scheduler.runtime.registry import ModelRegistry
 from tests.e2e.process import DIGITS
@@ -151,6 +152,58 @@ async def test_what_a_package_asks_for_and_does_not_get_is_logged(
         f"{package}: cron_jobs: kept, but this version does not run them",
         f"{package}: this onnxruntime has no provider 'ACUDAExecutionProvider', so 'cpu' it is",
     ]
+
+
+async def test_settings_and_requirements_reach_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {
+        "preferred_provider": "AzureExecutionProvider",
+        "fallback_providers": ["NoSuchExecutionProvider", "CPUExecutionProvider"],
+        "graph_optimization_level": "basic",
+    }
+    package = build_package(DIGITS, tmp_path / "digits.aimod", version="7", hardware_requirements=wanted)
+    config = Config(models={"mine": ModelSettings(threads=2)})
+    (source,) = await app._open_all(config, [f"mine={package}"], tmp_path / "unpacked")
+    made: list[tuple[Path, dict[str, Any]]] = []
+    monkeypatch.setattr(app, "OnnxEngine", lambda path, **options: made.append((path, options)))
+
+    app._engine(source)
+
+    ((path, options),) = made
+    assert path == source.package.model_path
+    assert options == {
+        "providers": ("azure", "cpu"),
+        "threads": 2,
+        "graph_optimization_level": "basic",
+        "name": "mine",
+        "version": "7",
+    }
+
+
+async def test_settings_reach_the_scheduler(tmp_path: Path) -> None:
+    settings = ModelSettings(max_batch_size=3, max_queue_size=2, workers=2, default_priority="throughput")
+    (source,) = await app._open_all(Config(model=settings), [str(DIGITS)], tmp_path)
+    row = np.zeros((1, 64), np.float32)
+
+    async with ModelRegistry(app._start) as registry:
+        scheduler = (await registry.load("digits", source)).scheduler
+        await scheduler.infer(row.repeat(3, axis=0))
+        with pytest.raises(InvalidInput, match="at most 3 "):
+            await scheduler.infer(row.repeat(4, axis=0))
+        outcomes = await asyncio.gather(*(scheduler.infer(row) for _ in range(20)), return_exceptions=True)
+
+        statistics = scheduler.statistics()
+        assert statistics.slots == 2
+        assert statistics.classes["throughput"].succeeded == statistics.succeeded > 0
+        assert statistics.refused == sum(isinstance(outcome, Overloaded) for outcome in outcomes) > 0
+
+
+async def test_a_model_of_another_framework_is_refused_by_name(tmp_path: Path) -> None:
+    package = build_package(DIGITS, tmp_path / "digits.aimod", framework="pytorch")
+    (source,) = await app._open_all(Config(), [str(package)], tmp_path / "unpacked")
+
+    with pytest.raises(ModelLoadError, match="digits: framework 'pytorch' came, expected 'onnx'"):
+        await app._start(source)
+    assert list((tmp_path / "unpacked").iterdir()) == []
 
 
 @pytest.fixture

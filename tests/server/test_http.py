@@ -291,7 +291,8 @@ async def test_404_names_what_is_loaded() -> None:
         assert "'3'" in assert_error(await server.infer(path="/v2/models/m/versions/9/infer"), 404, "model_not_loaded")
         for path in ("/v2/models/no", "/v2/models/no/ready", "/v2/models/no/stats"):
             assert_error(await server.client.get(path), 404, "model_not_loaded")
-        assert "/v3" in assert_error(await server.client.get("/v3"), 404, "not_found")
+        for path in ("/v3", "/v2/", "/v2/models/m/"):
+            assert path in assert_error(await server.client.get(path), 404, "not_found")
 
 
 async def test_405() -> None:
@@ -305,6 +306,13 @@ async def test_405() -> None:
 async def test_413_by_content_length_before_the_body_is_read() -> None:
     async with serving(max_body_bytes=100) as server:
         status, _ = await exchange(server.api, [], headers=[(b"content-length", b"101")])
+
+    assert status == 413
+
+
+async def test_413_for_a_whole_body_without_a_length() -> None:
+    async with serving(max_body_bytes=100) as server:
+        status, _ = await exchange(server.api, [{"type": "http.request", "body": b" " * 101}])
 
     assert status == 413
 
@@ -396,6 +404,7 @@ async def test_a_draining_server_is_not_ready_but_answers() -> None:
         server.api.draining = True
 
         assert (await server.client.get("/v2/health/ready")).status_code == 503
+        assert (await server.client.get("/v2/models/m/ready")).status_code == 503
         assert (await server.client.get("/v2/health/live")).status_code == 200
         assert (await server.infer()).status_code == 200
 
@@ -532,6 +541,22 @@ async def test_a_client_that_goes_away_cancels_its_running_request() -> None:
         stats = (await server.client.get("/v2/models/m/stats")).json()["model_stats"][0]
         assert stats["answers"] == {"499": 1}
         gate.open.set()
+
+
+async def test_nothing_is_left_waiting_for_a_client_that_got_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, timers = asyncio.get_running_loop(), []
+    call_later = loop.call_later
+
+    def recorded(delay: float, *arguments: Any, **keywords: Any) -> asyncio.TimerHandle:
+        timers.append(call_later(delay, *arguments, **keywords))
+        return timers[-1]
+
+    async with serving() as server:
+        monkeypatch.setattr(loop, "call_later", recorded)
+        assert (await server.infer()).status_code == 200
+
+        assert timers
+        assert all(timer.cancelled() for timer in timers)
 
 
 async def test_a_client_that_goes_away_takes_its_request_out_of_the_queue() -> None:

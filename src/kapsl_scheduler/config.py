@@ -12,8 +12,9 @@ import difflib
 import ipaddress
 import tomllib
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -48,7 +49,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: _Count = 64 << 20
     # Well above a model's queue and those that wait for room in it: a full queue refuses with better advice.
     max_in_flight: _Count = 4096
-    drain: _Seconds = 10.0
+    drain: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 10.0
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,7 +246,7 @@ def _settings(kind: type[Settings], layer: _Layer, faults: list[str]) -> Setting
         try:
             values[field.name] = _convert(given.value, field.type)
         except msgspec.ValidationError as error:
-            expected = str(error).partition(", got")[0]
+            expected = _choices(field.type) or str(error).partition(", got")[0]
             faults.append(f"{given.where}: {expected}, got {given.value!r}")
     if len(faults) > before:
         return None
@@ -269,6 +270,17 @@ def _convert(value: Any, kind: Any) -> Any:
     listed = [part.strip() for part in value.split(",") if part.strip()]
     takes_list = getattr(kind, "__origin__", None) is tuple
     return msgspec.convert(listed if takes_list else value.strip(), kind, strict=False)
+
+
+def _choices(kind: Any) -> str:
+    """The values that a setting may have, where they are few; msgspec names only the one that came."""
+    if get_origin(kind) is Literal:
+        values = get_args(kind)
+    elif isinstance(kind, type) and issubclass(kind, Enum):
+        values = tuple(member.value for member in kind)
+    else:
+        return ""
+    return f"Expected one of {', '.join(values)}"
 
 
 def _is_loopback(host: str) -> bool:

@@ -107,6 +107,16 @@ def test_every_fault_is_reported_with_its_place_and_unknown_keys_with_the_neares
     }
 
 
+def test_a_value_that_is_none_of_a_few_is_told_which_they_are() -> None:
+    faults = faults_of({"overflow": "drop", "drain": "inf"}, {"KAPSL_DEFAULT_PRIORITY": "high"})
+
+    assert set(faults) == {
+        "--overflow: Expected one of block, drop_newest, drop_oldest, got 'drop'",
+        "--drain: Expected `float` <= 86400.0, got 'inf'",
+        "KAPSL_DEFAULT_PRIORITY: Expected one of latency_critical, throughput, background, got 'high'",
+    }
+
+
 def test_settings_that_contradict_each_other_are_a_fault(file: Path) -> None:
     file.write_text("[models.a]\npreferred_batch_sizes = [4, 64]\n")
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 import httptools
@@ -48,6 +48,9 @@ _ERRORS: Final[Mapping[str, type[errors.EngineError]]] = {
         errors.Unavailable,
     )
 } | {errors.InvalidPackage.code: errors.ModelLoadError}  # its faults come as one text
+
+
+Decoded = TypeVar("Decoded")
 
 
 class _ErrorBody(msgspec.Struct):
@@ -127,14 +130,12 @@ class Client:
 
     async def models(self) -> list[dict[str, Any]]:
         """The loaded models: name, version, state."""
-        answer: list[dict[str, Any]] = msgspec.json.decode(await self.post("/v2/repository/index", b"{}"))
-        return answer
+        return self._decoded(await self.post("/v2/repository/index", b"{}"), list[dict[str, Any]])
 
     async def load(self, model: str) -> dict[str, Any]:
         """Makes the server read a model's file again and put it in the place of what it serves, without a gap. The
         answer, which comes when the old model has ended its requests, is as one of `models`."""
-        answer: dict[str, Any] = msgspec.json.decode(await self.post(_repository_path(model, "/load"), b""))
-        return answer
+        return self._decoded(await self.post(_repository_path(model, "/load"), b""), dict[str, Any])
 
     async def metadata(self, model: str) -> dict[str, Any]:
         """Name, versions, platform, inputs and outputs of one model."""
@@ -148,12 +149,18 @@ class Client:
 
     async def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path."""
-        answer: dict[str, Any] = msgspec.json.decode(await self._call(b"GET", path, b""))
-        return answer
+        return self._decoded(await self._call(b"GET", path, b""), dict[str, Any])
 
     async def post(self, path: str, body: bytes) -> bytes:
         """The body that answers a body."""
         return await self._call(b"POST", path, body)
+
+    def _decoded(self, body: bytes, kind: type[Decoded]) -> Decoded:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            message = f"what answers at {self.url} does not speak the Open Inference Protocol: {error}"
+            raise errors.Unavailable(message) from error
 
     async def _call(self, method: bytes, path: str, body: bytes) -> bytes:
         head = b"%b %b HTTP/1.1\r\nhost: %b\r\ncontent-length: %d\r\n\r\n"

@@ -177,6 +177,12 @@ def test_files_that_cannot_be_packed_are_all_named(model: Path, tmp_path: Path) 
     assert not (tmp_path / "out.aimod").exists()
 
 
+def test_a_directory_that_is_not_there_is_a_fault_like_others(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidPackage) as caught:
+        build_package(model, tmp_path / "none" / "out.aimod")
+    assert caught.value.faults == (f"{tmp_path / 'none'}: no such directory",)
+
+
 def test_a_package_never_overwrites_what_goes_into_it(model: Path) -> None:
     before = model.read_bytes()
     with pytest.raises(InvalidPackage, match="would be overwritten by the package"):

@@ -111,6 +111,14 @@ async def test_a_server_that_hangs_up_or_speaks_something_else_is_unavailable(re
             await client.get("/")
 
 
+@pytest.mark.parametrize("body", [b"<html>", b"", b"\xff", b"3", b'["a"]'])
+async def test_a_server_of_another_kind_is_named_as_such(body: bytes) -> None:
+    async with talking_to(answer(body), answer(body), answer(body)) as (client, _):
+        for asked in (client.models(), client.metadata("m"), client.load("m")):
+            with pytest.raises(Unavailable, match=r"at http://127.* does not speak the Open Inference Protocol"):
+                await asked
+
+
 async def test_no_server_is_unavailable() -> None:
     async with talking_to() as (client, _):
         pass

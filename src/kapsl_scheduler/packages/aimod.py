@@ -345,6 +345,8 @@ def _manifest_faults(encoded: bytes) -> Sequence[str]:
 
 
 def _file_faults(files: Sequence[Path], output: Path) -> Iterator[str]:
+    if not output.parent.is_dir():
+        yield f"{output.parent}: no such directory"
     taken = {_MANIFEST}
     for file in files:
         if not file.is_file():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kapsl_scheduler.errors import InferenceError, InvalidInput
+from kapsl_scheduler.server import oip
 from kapsl_scheduler.server.oip import (
     InferCall,
     check_outputs,
@@ -110,6 +111,48 @@ def test_an_error_is_never_much_larger_than_a_request_may_be() -> None:
     for body in bodies:
         with pytest.raises(InvalidInput, match=r"^.{1,1000}$"):
             decode_request(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("datatype", DATATYPES)
+def test_long_tensors_mean_what_short_ones_mean(datatype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oip, "_PIECE_BYTES", 7)
+    monkeypatch.setattr(oip, "_PIECE_VALUES", 3)
+    dtype = numpy_dtype_of(datatype)
+    for count in range(20):
+        array = (np.arange(count) % 101).astype(dtype).reshape(1, count)
+        body = json.dumps(
+            {"inputs": [{"name": "x", "shape": [1, count], "datatype": datatype, "data": array[0].tolist()}]}
+        )
+
+        assert json.loads(encode_request({"x": array})) == json.loads(body)
+        assert same(decode_request(body.encode()).request.inputs["x"], array)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ('[1, 2, 3, 4, 5, 6, 7, 8, 9, "ten, or eleven", 12]', r'data\[9\] is "ten, or eleven", expected a number'),
+        ("[1, 2, 3, 4, 5, 6, 7, 8, 9, [10, 11, 12], 13, 14]", r"data\[9\] is \[10,11,12\], expected a number"),
+        ("[1, 2, 3, 4, 5, 6, 7, 8, 9, 1e39, 11, 12, 13]", r"data\[9\] is 1e39, expected a number"),
+        ("[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]", "data has 12 elements, expected 13"),
+    ],
+)
+def test_a_fault_in_a_long_tensor_has_its_place(data: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oip, "_PIECE_BYTES", 7)
+    body = f'{{"inputs":[{{"name":"x","shape":[13],"datatype":"FP32","data":{data}}}]}}'
+
+    with pytest.raises(InvalidInput, match=said):
+        decode_request(body.encode())
+
+
+def test_numbers_that_are_none_are_null_in_a_long_tensor_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oip, "_PIECE_VALUES", 2)
+    outputs = {"y": np.array([1, np.nan, np.inf, 2, 3], np.float32)}
+
+    body = encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({})))
+
+    assert json.loads(body)["outputs"][0]["data"] == [1, None, None, 2, 3]
+    assert decode_reply(body).outputs["y"].shape == (5,)
 
 
 def test_the_shortest_timeout_is_not_sent_as_none() -> None:

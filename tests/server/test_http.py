@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,9 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from kapsl_scheduler import QueueOverflowPolicy, QueuePolicy, Scheduler
 from kapsl_scheduler import errors as error_tree
-from kapsl_scheduler.engines import CallableEngine
 from kapsl_scheduler.errors import (
     Backend,
     Cancelled,
@@ -33,92 +29,7 @@ from kapsl_scheduler.errors import (
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.server.http import HttpApi, status_of
 from kapsl_scheduler.types import InferenceResponse, ModelInfo, Priority
-
-Function = Callable[..., Any]
-
-
-class Gate:
-    """A model that answers when it is told to. It doubles its input."""
-
-    def __init__(self) -> None:
-        self.entered = asyncio.Event()
-        self.open = asyncio.Event()
-        self.calls = 0
-
-    async def __call__(self, x: Any) -> Any:
-        self.calls += 1
-        self.entered.set()
-        await self.open.wait()
-        return x * 2
-
-
-async def double(x: Any) -> Any:
-    return x * 2
-
-
-class Server:
-    """The application over one model named `m`, and a client of it."""
-
-    def __init__(self, registry: ModelRegistry[Function], scheduler: Scheduler, **limits: int) -> None:
-        self.registry = registry
-        self.scheduler = scheduler
-        self.api = HttpApi(registry, version="1.2.3", **limits)
-        transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
-
-    async def infer(self, data: Any = (1, 2), path: str = "/v2/models/m/infer", **keys: Any) -> httpx.Response:
-        return await self.client.post(path, content=body_of(data, **keys))
-
-
-def body_of(data: Any = (1, 2), **keys: Any) -> bytes:
-    tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": data}
-    return json.dumps({"inputs": [tensor], **keys}).encode()
-
-
-@asynccontextmanager
-async def serving(
-    function: Function = double, *, max_body_bytes: int = 10_000, max_in_flight: int = 4096, **policy: Any
-) -> AsyncIterator[Server]:
-    schedulers = []
-
-    async def start(function: Function) -> Scheduler:
-        engine = CallableEngine(
-            function,
-            name="inner",
-            version="3",
-            inputs={"x": ("float32", (None, 2))},
-            outputs={"y": ("float32", (None, 2))},
-        )
-        queue = QueuePolicy(overflow=QueueOverflowPolicy.DROP_NEWEST, **policy)
-        schedulers.append(await Scheduler([engine], queue=queue).__aenter__())
-        return schedulers[-1]
-
-    async with ModelRegistry(start) as registry:
-        await registry.load("m", function)
-        server = Server(registry, schedulers[0], max_body_bytes=max_body_bytes, max_in_flight=max_in_flight)
-        async with server.client:
-            yield server
-
-
-def assert_error(response: httpx.Response, status: int, code: str) -> str:
-    assert response.status_code == status
-    assert response.headers["content-type"] == "application/json"
-    body = response.json()
-    assert body["code"] == code
-    message = body["error"]
-    assert isinstance(message, str)
-    assert message
-    return message
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Lets other tasks run until the condition holds; it must come to hold without any time passing."""
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("the condition did not come to hold")
-
+from tests.server.api import Gate, assert_error, body_of, double, exchange, serving, until
 
 # ------------------------------------------------------------------------------------------ what works
 
@@ -136,15 +47,6 @@ async def test_an_inference_is_answered(path: str) -> None:
         "id": "7",
         "outputs": [{"name": "y", "shape": [1, 2], "datatype": "FP32", "data": [3.0, -4.0]}],
     }
-
-
-async def test_the_content_type_of_a_request_does_not_matter() -> None:
-    async with serving() as server:
-        for content_type in ("", "application/octet-stream", "application/x-www-form-urlencoded"):
-            response = await server.client.post(
-                "/v2/models/m/infer", content=body_of(), headers={"content-type": content_type}
-            )
-            assert response.status_code == 200
 
 
 async def test_health_metadata_and_index() -> None:
@@ -256,27 +158,6 @@ async def test_400(data: Any, keys: dict[str, Any], said: str) -> None:
         assert server.scheduler.statistics().calls == 0
 
 
-@pytest.mark.parametrize(
-    ("header", "value", "body", "said"),
-    [
-        ("content-encoding", "gzip", gzip.compress(body_of()), "a compressed body came (content-encoding: gzip)"),
-        (
-            "inference-header-content-length",
-            "76",
-            b'{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","parameters":{"binary_data_size":8}}]}' + bytes(8),
-            "binary tensor data came (inference-header-content-length: 76)",
-        ),
-    ],
-)
-async def test_400_for_a_body_in_another_form_names_the_form(header: str, value: str, body: bytes, said: str) -> None:
-    async with serving() as server:
-        response = await server.client.post("/v2/models/m/infer", content=body, headers={header: value})
-        plain = await server.client.post("/v2/models/m/infer", content=body_of(), headers={header: "identity"})
-
-    assert assert_error(response, 400, "invalid_input").startswith(said)
-    assert plain.status_code == 200
-
-
 async def test_400_for_more_rows_than_a_batch_may_have_names_the_limit() -> None:
     tensor = {"name": "x", "shape": [33, 2], "datatype": "FP32", "data": [0] * 66}
     async with serving() as server:
@@ -301,41 +182,6 @@ async def test_405() -> None:
 
     assert_error(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
-
-
-async def test_413_by_content_length_before_the_body_is_read() -> None:
-    async with serving(max_body_bytes=100) as server:
-        status, _ = await exchange(server.api, [], headers=[(b"content-length", b"101")])
-
-    assert status == 413
-
-
-async def test_413_for_a_whole_body_without_a_length() -> None:
-    async with serving(max_body_bytes=100) as server:
-        status, _ = await exchange(server.api, [{"type": "http.request", "body": b" " * 101}])
-
-    assert status == 413
-
-
-async def test_413_while_a_body_without_a_length_is_read() -> None:
-    endless = [{"type": "http.request", "body": b" " * 60, "more_body": True}] * 1000
-    async with serving(max_body_bytes=100) as server:
-        status, read = await exchange(server.api, endless)
-
-    assert status == 413
-    assert read == 2
-
-
-async def test_a_body_in_pieces_is_put_together() -> None:
-    body = body_of()
-    pieces = [
-        {"type": "http.request", "body": body[:20], "more_body": True},
-        {"type": "http.request", "body": body[20:]},
-    ]
-    async with serving() as server:
-        status, _ = await exchange(server.api, pieces)
-
-    assert status == 200
 
 
 async def test_429_with_retry_after_when_the_queue_is_full() -> None:
@@ -496,40 +342,6 @@ async def test_an_output_that_an_undeclared_model_did_not_return_is_400() -> Non
 # ---------------------------------------------------------------------------------- clients that go away
 
 
-async def exchange(
-    api: HttpApi,
-    messages: list[dict[str, Any]],
-    *,
-    headers: list[tuple[bytes, bytes]] | None = None,
-    gone: Awaitable[Any] | None = None,
-) -> tuple[int, int]:
-    """One inference over bare ASGI: `messages`, then a disconnect once `gone` is done. Status and messages read."""
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v2/models/m/infer",
-        "query_string": b"",
-        "root_path": "",
-        "headers": headers or [],
-    }
-    sent: list[dict[str, Any]] = []
-    read = 0
-
-    async def receive() -> dict[str, Any]:
-        nonlocal read
-        if read < len(messages):
-            read += 1
-            return messages[read - 1]
-        await (gone or asyncio.Event().wait())
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await api(scope, receive, send)
-    return sent[0]["status"], read
-
-
 async def test_a_client_that_goes_away_cancels_its_running_request() -> None:
     gate = Gate()
     async with serving(gate) as server:
@@ -577,15 +389,6 @@ async def test_a_client_that_goes_away_takes_its_request_out_of_the_queue() -> N
         assert (await running).status_code == 200
         statistics = server.scheduler.statistics()
         assert (statistics.queued, statistics.cancelled, gate.calls) == (0, 1, 1)
-
-
-async def test_a_client_that_goes_away_within_its_body_is_not_asked_to_wait() -> None:
-    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
-    async with serving() as server:
-        status, _ = await exchange(server.api, messages)
-
-        assert status == 499
-        assert server.scheduler.statistics().offered == 0
 
 
 async def test_answers_to_a_name_that_was_not_loaded_are_not_counted() -> None:

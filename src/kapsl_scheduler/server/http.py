@@ -11,7 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -27,6 +27,8 @@ from kapsl_scheduler.server.oip import InferCall, check_outputs, decode_request,
 from kapsl_scheduler.types import InferenceResponse
 
 __all__ = ["HttpApi", "status_of"]
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ _FOREIGN_FORMS: Final[Mapping[bytes, str]] = {
     b"inference-header-content-length": "binary tensor data",
 }
 _EXPECTED: Final = "expected JSON as it is, with the values of each tensor in data"
+# Bytes of a request, and values of an answer, whose JSON takes more than a few milliseconds.
+_LONG_BODY: Final = 512 << 10
+_LONG_ANSWER: Final = 32 << 10
 _TRY_AGAIN: Final = frozenset({429, 503})
 _JSON: Final = "application/json"
 
@@ -169,12 +174,16 @@ class HttpApi:
             if self._in_flight > self._max_in_flight:
                 raise errors.Overloaded(f"{self._max_in_flight} inference requests are in flight, which is the limit")
             body = await _read_body(scope, receive, self._max_body_bytes)
-            model = self._registry.get(name, scope["path_params"].get("version", ""))
-            call = _decode(body, scope)
+            version = scope["path_params"].get("version", "")
+            self._registry.get(name, version)  # before much is decoded for nobody
+            call = await _beside_the_loop(len(body) > _LONG_BODY, _decode, body, scope)
+            model = self._registry.get(name, version)
             if call.outputs and model.info.outputs:
                 check_outputs(call.outputs, (spec.name for spec in model.info.outputs))
             answer = await _infer_while_connected(model, call, receive)
-            response = Response(encode_reply(model.info, name, answer.outputs, call), media_type=_JSON)
+            long = sum(array.size for array in answer.outputs.values()) > _LONG_ANSWER
+            encoded = await _beside_the_loop(long, encode_reply, model.info, name, answer.outputs, call)
+            response = Response(encoded, media_type=_JSON)
         except errors.EngineError as error:
             response = _error_response(error)
             if response.status_code == 500:
@@ -288,6 +297,14 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 def _check_size(size: int, limit: int) -> None:
     if size > limit:
         raise errors.ResourceExhausted(f"the request body has {size} bytes or more, expected at most {limit}")
+
+
+async def _beside_the_loop(beside: bool, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls the function, in a thread if `beside`: it then takes turns with the loop instead of keeping everybody
+    waiting until it is done."""
+    if beside:
+        return await asyncio.to_thread(function, *arguments)
+    return function(*arguments)
 
 
 def _decode(body: bytes, scope: Scope) -> InferCall:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import GenericAlias
 from typing import Annotated, Any, Final
 
@@ -58,6 +58,10 @@ _DATATYPES: Final[Mapping[str, str]] = {canonical: datatype for datatype, canoni
 
 # Deeper nesting than this is refused; a flat list may have any rank.
 _MAX_NESTING: Final = 8
+
+# What is decoded or encoded in one go: about a millisecond's work, during which the interpreter runs nothing else.
+_PIECE_BYTES: Final = 64 << 10
+_PIECE_VALUES: Final = 8 << 10
 
 # The first doubles that round to infinity in the narrower format, not its largest finite value.
 _FLOAT_LIMITS: Final[Mapping[str, float]] = {"FP16": 65520.0, "FP32": 3.4028235677973366e38}
@@ -170,7 +174,7 @@ class _WireTensor(msgspec.Struct):
     name: str
     shape: list[int]
     datatype: str
-    data: list[Any]
+    data: Any  # a list, or one that is encoded already
 
 
 class _WireReply(msgspec.Struct, omit_defaults=True):
@@ -231,7 +235,7 @@ def _decode_tensor(tensor: _WireInput) -> Array:
         nested = f" or one nested {len(tensor.shape)} deep" if 1 < len(tensor.shape) <= _MAX_NESTING else ""
         raise InvalidInput(f"{where}: data is {came}, expected a flat list{nested}")
     try:
-        array = np.array(kind.decoders[depth - 1].decode(raw), kind.dtype)
+        array = _decode_values(kind, raw, depth)
         if array.ndim != depth:  # an array of objects takes lists for elements
             raise ValueError
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -251,6 +255,25 @@ def _decode_tensor(tensor: _WireInput) -> Array:
         return array.reshape(shape)
     except (ValueError, OverflowError):
         raise InvalidInput(f"{where}: shape {tensor.shape} is beyond what an array can have") from None
+
+
+def _decode_values(kind: _Kind, raw: bytes, depth: int) -> Array:
+    if depth > 1 or len(raw) < 2 * _PIECE_BYTES or kind.dtype.kind == "O":
+        return np.array(kind.decoders[depth - 1].decode(raw), kind.dtype)
+    try:
+        return np.concatenate([np.array(kind.decoders[0].decode(piece), kind.dtype) for piece in _pieces(raw)])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return np.array(kind.decoders[0].decode(raw), kind.dtype)  # which fails too, and says where
+
+
+def _pieces(raw: bytes) -> Iterator[bytes]:
+    """A long list of numbers as several short ones, which take as much time but let other threads run in between,
+    and do not hold a Python object for every number at once."""
+    start, end = raw.index(b"[") + 1, raw.rindex(b"]")
+    while (comma := raw.find(b",", start + _PIECE_BYTES, end)) >= 0:
+        yield b"[%b]" % raw[start:comma]
+        start = comma + 1
+    yield b"[%b]" % raw[start:end]
 
 
 def _element_fault(raw: bytes, message: str, kind: _Kind) -> str:
@@ -337,7 +360,7 @@ def decode_reply(body: bytes) -> InferReply:
             tensor.name: np.array(tensor.data, _KINDS[tensor.datatype].dtype).reshape(tensor.shape)
             for tensor in wire.outputs
         }
-    except (msgspec.DecodeError, KeyError, ValueError, OverflowError) as error:
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InferenceError(f"the server's answer cannot be read: {error}") from error
     return InferReply(outputs, wire.model_name, wire.model_version, wire.id)
 
@@ -347,7 +370,15 @@ def _encode_tensors(tensors: Iterable[tuple[str, Array]]) -> list[_WireTensor]:
 
 
 def _encode_tensor(name: str, array: Array) -> _WireTensor:
-    data = array.ravel().tolist()
+    flat = array.ravel()
+    data: Any
+    if flat.size > _PIECE_VALUES and array.dtype.kind in "biuf":
+        starts = range(0, flat.size, _PIECE_VALUES)
+        pieces = [_ENCODER.encode(flat[start : start + _PIECE_VALUES].tolist())[1:-1] for start in starts]
+        pieces[0], pieces[-1] = b"[" + pieces[0], pieces[-1] + b"]"
+        data = msgspec.Raw(b",".join(pieces))
+    else:
+        data = flat.tolist()
     if array.dtype.kind in "OS":
         try:
             data = [item.decode() if isinstance(item, bytes) else item for item in data]

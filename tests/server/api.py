@@ -1,0 +1,141 @@
+"""The application in process over one model, for the tests of its routes: a client of it, and bare ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from kapsl_scheduler import BatchPolicy, QueueOverflowPolicy, QueuePolicy, Scheduler
+from kapsl_scheduler.engines import CallableEngine
+from kapsl_scheduler.runtime.registry import ModelRegistry
+from kapsl_scheduler.server.http import HttpApi
+
+Function = Callable[..., Any]
+
+
+class Gate:
+    """A model that answers when it is told to. It doubles its input."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.open = asyncio.Event()
+        self.calls = 0
+
+    async def __call__(self, x: Any) -> Any:
+        self.calls += 1
+        self.entered.set()
+        await self.open.wait()
+        return x * 2
+
+
+async def double(x: Any) -> Any:
+    return x * 2
+
+
+class Server:
+    """The application over one model named `m`, and a client of it."""
+
+    def __init__(self, registry: ModelRegistry[Function], scheduler: Scheduler, **limits: int) -> None:
+        self.registry = registry
+        self.scheduler = scheduler
+        self.api = HttpApi(registry, version="1.2.3", **limits)
+        transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+
+    async def infer(self, data: Any = (1, 2), path: str = "/v2/models/m/infer", **keys: Any) -> httpx.Response:
+        return await self.client.post(path, content=body_of(data, **keys))
+
+
+def body_of(data: Any = (1, 2), **keys: Any) -> bytes:
+    tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": data}
+    return json.dumps({"inputs": [tensor], **keys}).encode()
+
+
+@asynccontextmanager
+async def serving(
+    function: Function = double,
+    *,
+    max_body_bytes: int = 10_000,
+    max_in_flight: int = 4096,
+    max_batch_size: int = 32,
+    **policy: Any,
+) -> AsyncIterator[Server]:
+    schedulers = []
+
+    async def start(function: Function) -> Scheduler:
+        engine = CallableEngine(
+            function,
+            name="inner",
+            version="3",
+            inputs={"x": ("float32", (None, 2))},
+            outputs={"y": ("float32", (None, 2))},
+        )
+        queue = QueuePolicy(overflow=QueueOverflowPolicy.DROP_NEWEST, **policy)
+        batch = BatchPolicy(max_batch_size=max_batch_size)
+        schedulers.append(await Scheduler([engine], batch=batch, queue=queue).__aenter__())
+        return schedulers[-1]
+
+    async with ModelRegistry(start) as registry:
+        await registry.load("m", function)
+        server = Server(registry, schedulers[0], max_body_bytes=max_body_bytes, max_in_flight=max_in_flight)
+        async with server.client:
+            yield server
+
+
+def assert_error(response: httpx.Response, status: int, code: str) -> str:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert body["code"] == code
+    message = body["error"]
+    assert isinstance(message, str)
+    assert message
+    return message
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets other tasks run until the condition holds; it must come to hold without any time passing."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("the condition did not come to hold")
+
+
+async def exchange(
+    api: HttpApi,
+    messages: list[dict[str, Any]],
+    *,
+    headers: list[tuple[bytes, bytes]] | None = None,
+    gone: Awaitable[Any] | None = None,
+) -> tuple[int, int]:
+    """One inference over bare ASGI: `messages`, then a disconnect once `gone` is done. Status and messages read."""
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v2/models/m/infer",
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers or [],
+    }
+    sent: list[dict[str, Any]] = []
+    read = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        if read < len(messages):
+            read += 1
+            return messages[read - 1]
+        await (gone or asyncio.Event().wait())
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await api(scope, receive, send)
+    return sent[0]["status"], read

@@ -50,8 +50,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Threads are switched as often as possible, lost engines are soon asked again, and bounded engines stay on the
     loop's thread."""
     monkeypatch.setattr("kapsl_scheduler.runtime.worker.PROBE_FIRST", 0.002)
-    for limit in ("worker.LOOP_CALL_LIMIT", "dispatch.LOOP_CALL_LIMIT", "dispatch.LOOP_BLOCK_LIMIT"):
+    for limit in ("worker.LOOP_CALL_LIMIT", "dispatch.LOOP_CALL_LIMIT", "dispatch.LONG_LOOP_CALL"):
         monkeypatch.setattr(f"kapsl_scheduler.runtime.{limit}", 10.0)
+    monkeypatch.setattr("kapsl_scheduler.runtime.worker.HELD_UP", 0.0)  # every start counts as held up
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield

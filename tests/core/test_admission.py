@@ -119,6 +119,7 @@ def test_what_offers_an_array_is_taken_for_one() -> None:
     [
         ("int8", [-128, 127]),
         ("uint64", [2**64 - 1]),
+        ("uint64", [1, 2**63]),
         ("uint8", [True, False]),
         ("bool", [1, 0]),
         ("float16", [1, True]),
@@ -252,6 +253,8 @@ def test_strings_of_something_else(form: Any, element: Any, kind: str) -> None:
     [
         ("int64", [1.5], "fractional numbers came, expected int64"),
         ("bool", [0.5], "fractional numbers came, expected bool"),
+        ("int64", [-1, 2**63], "not convertible to int64"),
+        ("uint64", [1, 2**63, 0.5], "fractional numbers came, expected uint64"),
         ("int64", [2**70], "object came, expected int64"),
         ("float32", [None], "object came, expected float32"),
         ("uint8", [-1], "not convertible to uint8: "),

@@ -232,8 +232,10 @@ def _converted(spec: TensorSpec, value: Any, dtype: np.dtype[Any]) -> Array:
         natural = np.asarray(value)
         came = natural.dtype
         if dtype.kind in "iub" and came.kind == "f" and natural.size:
-            raise InvalidInput(f"input {spec.name!r}: fractional numbers came, expected {spec.dtype}")
-        if (dtype.kind == "O") != (came.kind in "OUS"):
+            natural = np.asarray(value, object)  # numpy takes integers on both sides of 2**63 for floats
+            if not all(isinstance(number, int) for number in natural.flat):
+                raise InvalidInput(f"input {spec.name!r}: fractional numbers came, expected {spec.dtype}")
+        elif (dtype.kind == "O") != (came.kind in "OUS"):
             name = "object" if came.kind == "O" else dtype_name(came)
             raise InvalidInput(f"input {spec.name!r}: {name} came, expected {spec.dtype}")
         with np.errstate(over="raise"):

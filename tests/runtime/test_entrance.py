@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -173,3 +174,14 @@ async def test_who_gives_up_before_they_were_let_in_changes_nothing_for_anybody_
     assert [answer.output[0, 0] for answer in (results[0], results[1], results[3])] == [0, 1, 3]
     assert sum(call.rows for call in engine.calls) == 3
     assert scheduler.statistics().cancelled == 1
+
+
+async def test_another_thread_that_asks_for_figures_lets_nobody_in() -> None:
+    async with Scheduler([FakeAsyncEngine(info=FIXED_INFO)]) as scheduler:
+        item = scheduler._entrance.come_in(numbered(1), *PLAIN, None, False, None, None)
+        with ThreadPoolExecutor() as elsewhere:
+            assert elsewhere.submit(scheduler.statistics).result().offered == 0
+            assert elsewhere.submit(scheduler.get_queue_depth).result() == (0, 0)
+        assert item.state is State.NEW
+        assert scheduler.get_queue_depth() == (0, 1)
+        await item.future

@@ -326,7 +326,6 @@ class Dispatch:
 
     def depth(self) -> int:
         """Requests queued and running."""
-        self.let_in()
         with self.lock:
             return self.queue.queued + len(self.running())
 

@@ -181,9 +181,11 @@ class Scheduler:
             await dispatch.stop(HUNG_AFTER)
 
     def _let_in(self) -> None:
-        """Before anybody looks: who has just arrived is in the queue."""
-        for dispatch in self._dispatches():
-            dispatch.let_in()
+        """Before anybody looks: who has just arrived is in the queue. Seen from another thread, they have not arrived
+        yet."""
+        if self._entrance.is_here():
+            for dispatch in self._dispatches():
+                dispatch.let_in()
 
     def _dispatches(self) -> list[Dispatch]:
         return [self._main] if self._cpu is None else [self._main, self._cpu]
@@ -464,4 +466,5 @@ class Scheduler:
 
     def get_queue_depth(self) -> tuple[int, int]:
         """Requests queued and running: (on the CPU lane, on the engines)."""
+        self._let_in()
         return (0 if self._cpu is None else self._cpu.depth()), self._main.depth()

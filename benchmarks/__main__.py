@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib import util
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +61,8 @@ def _run_suites(parsed: argparse.Namespace) -> int:
         path = save_report(report, parsed.out)
         print_report(report)
         print(f"\n   written to {path}")
+        if util.find_spec("matplotlib") is not None:
+            print(f"   drawn in {draw(report, path.with_suffix('.svg'))}")
         missed += report.missed()
     if not parsed.check:
         return 0

@@ -7,6 +7,8 @@ row's deadline and counts rows that were due to expire when they were run.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ import numpy as np
 from benchmarks.devices import Call, Device, calibrate_sleep, direct_rate
 from benchmarks.load import Open, Times, bursty_arrivals, open_loop, poisson_arrivals
 from benchmarks.loops import LoopWatch, run_on
+from benchmarks.peers import PEERS, open_peer
 from benchmarks.report import Label, Report
 from benchmarks.stats import percentile
 from kapsl_scheduler import (
@@ -46,12 +49,14 @@ PATTERNS: Final[dict[str, Callable[[float, float, np.random.Generator], Times]]]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """`multiples` are of the capacity measured. `queue` is the queue's bound for `refuse_from` x and more, which
-    refuses the newest; below, the queue has the library's default and only deadlines act."""
+    """`multiples` are of the capacity measured. Those of `peers` that run as recommended meet the same Poisson
+    arrivals, from callers who give up at their deadline. `queue` is the queue's bound for `refuse_from` x and more,
+    which refuses the newest; below, the queue has the library's default and only deadlines act."""
 
     loop: str = "uvloop"
     multiples: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 10.0)
     patterns: Sequence[str] = ("poisson", "bursty")
+    peers: Sequence[str] = ()
     queue: int = 48
     refuse_from: float = 10.0
     rounds: int = 3
@@ -88,6 +93,8 @@ def run(options: Options) -> Report:
     report = Report.begin("overload", settings)
     cases = list(itertools.product(options.patterns, options.multiples))
     trials: dict[tuple[str, float], list[_Trial]] = {case: [] for case in cases}
+    peers = [name for name in options.peers if PEERS[name].recommended]
+    theirs: dict[tuple[str, float], list[_Answers]] = {case: [] for case in itertools.product(peers, options.multiples)}
     capacities: list[float] = []
     for number in range(options.rounds):
         device = Device(PER_CALL, overshoot=overshoot)
@@ -97,11 +104,22 @@ def run(options: Options) -> Report:
             length = options.warmup + options.seconds
             arrivals = PATTERNS[pattern](multiple * capacities[-1], length, rng)
             rounds.append(run_on(options.loop, _trial(options, arrivals, multiple, overshoot)))
+        for (peer, multiple), answers in theirs.items():
+            rng = np.random.default_rng([number, round(multiple * 10)])
+            arrivals = poisson_arrivals(multiple * capacities[-1], options.warmup + options.seconds, rng)
+            answers.append(run_on(options.loop, _peer_trial(options, peer, arrivals, overshoot)))
     report.add({"engine": "directly"}, "capacity", "rows/s", capacities, "higher")
     for (pattern, multiple), rounds in trials.items():
         _report_case(report, pattern, multiple, rounds, capacities)
         if percentile([lag for trial in rounds for lag in trial.lag], 99) > LAG:
             report.notes.append(f"{pattern} at {multiple:g}x: the generator fell behind; latencies include that.")
+    for (peer, multiple), answers in theirs.items():
+        labels: dict[str, Label] = {"arrivals": "poisson", "offered": f"{multiple:g}x", "peer": peer}
+        pairs = zip(answers, capacities, strict=True)
+        report.add(labels, "goodput", "of capacity", [each.goodput / c for each, c in pairs], "higher")
+        for percent in (50, 99):
+            values = [percentile(each.answered, percent) * 1e3 for each in answers]
+            report.add(labels, f"answer p{percent}", "ms", values, "lower")
     report.notes.append(
         "ideal: the same arrivals through a server without any overhead that drops what is due to expire. "
         f"due to expire: rows run although their deadline lay before the end of their call by more than "
@@ -180,6 +198,35 @@ async def _trial(options: Options, arrivals: Times, multiple: float, overshoot: 
         lag=counted.lag,
         longest_block=watch.longest,
     )
+
+
+class _Answers(msgspec.Struct):
+    """What a peer's callers heard: answers in time per second, and the seconds to all of them."""
+
+    goodput: float
+    answered: list[float]
+
+
+async def _peer_trial(options: Options, name: str, arrivals: Times, overshoot: float) -> _Answers:
+    """Another batcher over the same device. It knows of no deadlines: its callers stop waiting at theirs."""
+    device = Device(PER_CALL, overshoot=overshoot)
+    peer = open_peer(name, device, max_batch=MAX_BATCH, slow=True)
+
+    async def request(_index: int, intended: float) -> str:
+        left = intended + DEADLINE - time.perf_counter()
+        try:
+            async with asyncio.timeout(left):
+                await peer.call(np.array([intended]))
+        except TimeoutError:
+            return "expired"
+        return "answered"
+
+    result = await open_loop(request, arrivals)
+    with contextlib.suppress(TimeoutError):  # what was given up is still in its queue
+        async with asyncio.timeout(5.0):
+            await peer.close()
+    answered = _after(result, arrivals, options.warmup).of("answered")
+    return _Answers(sum(latency <= DEADLINE for latency in answered) / options.seconds, answered)
 
 
 def _after(result: Open, arrivals: Times, warmup: float) -> Open:

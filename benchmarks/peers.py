@@ -81,15 +81,25 @@ def _package(name: str) -> str:
     return PEERS[name].module.partition(".")[0]
 
 
-def open_peer(name: str, function: BatchFunction, *, max_batch: int) -> Peer:
-    """A fresh batcher over `function` for the running loop."""
+def open_peer(name: str, function: BatchFunction, *, max_batch: int, slow: bool = False) -> Peer:
+    """A fresh batcher over `function` for the running loop. With `slow` the function is kept off the loop in any case:
+    nobody would block a loop with it."""
     way = PEERS[name]
+    if slow:
+        way = way._replace(on_loop=False)
 
     def over_rows(rows: list[Array]) -> list[Array]:
         # The fastest way to stack and split that numpy has, so that a peer loses nothing to its function.
         return list(function(np.concatenate(rows).reshape(len(rows), -1)))
 
     return _OPENERS[way.module](over_rows, max_batch, way)
+
+
+def _in_thread(function: RowsFunction) -> Callable[[list[Array]], Awaitable[list[Array]]]:
+    async def over_rows(rows: list[Array]) -> list[Array]:
+        return await asyncio.to_thread(function, rows)
+
+    return over_rows
 
 
 def _as_coroutine(function: RowsFunction) -> Callable[[list[Array]], Awaitable[list[Array]]]:
@@ -151,7 +161,9 @@ class _RayServe:
     def __init__(self, function: RowsFunction, max_batch: int, way: _Way) -> None:
         _pretend_replica()
         decorate = importlib.import_module(way.module).batch(max_batch_size=max_batch, batch_wait_timeout_s=way.wait)
-        self.call: Callable[[Array], Awaitable[Any]] = decorate(_as_coroutine(function))
+        self.call: Callable[[Array], Awaitable[Any]] = decorate(
+            _as_coroutine(function) if way.on_loop else _in_thread(function)
+        )
 
     async def close(self) -> None:
         """Its task has no end of its own: it goes with the loop."""

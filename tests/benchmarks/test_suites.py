@@ -78,7 +78,18 @@ SHORT = {
     "serial": ["--loops", "asyncio", "--callers", "32", "--seconds", "0.2", "--warmup", "0.1"],
     "digits": ["--loops", "asyncio", "--callers", "1,32", "--peers", "none", "--seconds", "0.2", "--warmup", "0.1"],
     "flood": ["--loops", "asyncio", "--floods", "16", "--seconds", "0.3", "--warmup", "0.1"],
-    "overload": ["--loops", "asyncio", "--multiples", "2,10", "--patterns", "poisson", "--seconds", "0.3"],
+    "overload": [
+        "--loops",
+        "asyncio",
+        "--multiples",
+        "2,10",
+        "--patterns",
+        "poisson",
+        "--peers",
+        "none",
+        "--seconds",
+        "0.3",
+    ],
     "queue10k": ["--loops", "asyncio"],
 }
 

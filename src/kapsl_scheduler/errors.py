@@ -40,8 +40,11 @@ class EngineError(Exception):
 
     def fresh(self) -> EngineError:
         """A new instance of the same error, for another caller: an instance that several tasks raise
-        would collect all their tracebacks."""
-        twin = type(self).__new__(type(self))
+        would collect all their tracebacks. The same one, where a class of somebody's own cannot be made so."""
+        try:
+            twin = type(self).__new__(type(self))
+        except Exception:
+            return self
         twin.__dict__.update(self.__dict__)
         twin.args = self.args
         twin.__cause__ = self.__cause__

@@ -40,6 +40,15 @@ class Priority(enum.IntEnum):
     THROUGHPUT = 1
     BACKGROUND = 2
 
+    @classmethod
+    def of(cls, value: Any) -> Priority:
+        """The class that a value names: a member, its number, or its name in any case. Raises `ValueError`."""
+        try:
+            return cls[value.upper()] if isinstance(value, str) else cls(value)
+        except (KeyError, ValueError):
+            known = ", ".join(f"{priority.value} ({priority.name})" for priority in cls)
+            raise ValueError(f"expected one of {known}, got {value!r}") from None
+
 
 # ------------------------------------------------------------------------------------------------ dtypes
 

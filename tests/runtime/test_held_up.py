@@ -10,7 +10,7 @@ import pytest
 
 from kapsl_scheduler import DeadlineExceeded, Priority, Scheduler
 from kapsl_scheduler.core.batch import Layout
-from kapsl_scheduler.testing import FakeEngine, VirtualClock
+from kapsl_scheduler.testing import FakeEngine, Fault, FaultPlan, VirtualClock
 from tests.runtime.helpers import FIXED_INFO, numbered, until_async
 
 CALL = 0.010  # seconds
@@ -84,3 +84,22 @@ async def test_a_batch_that_is_still_in_time_runs_as_it_is(
     results, rows, _ = await offered(hold_up, False, seconds, 0.6, 0.5)
     assert [result.output[0, 0] for result in results] == [0, 1]
     assert rows == [2]
+
+
+async def test_who_was_dropped_hears_so_though_the_call_of_the_others_hangs(
+    hold_up: Callable[[VirtualClock, float], None],
+) -> None:
+    clock = VirtualClock()
+    engine = FakeEngine(info=FIXED_INFO, cost=lambda rows: CALL, spend=clock.advance, clock=clock)
+    async with Scheduler([engine], clock=clock) as scheduler:
+        for number in range(4):
+            await scheduler.infer(numbered(number))
+        await until_async(lambda: scheduler._main._idle)
+        engine._faults = FaultPlan(Fault(hang=True))
+        hold_up(clock, 0.5)
+        late, hangs = (asyncio.ensure_future(scheduler.infer(numbered(n), timeout=t)) for n, t in ((0, 0.3), (1, None)))
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert not hangs.done()
+        engine.release()
+        assert (await hangs).output[0, 0] == 1

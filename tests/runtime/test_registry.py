@@ -174,6 +174,33 @@ async def test_changes_to_one_name_wait_for_each_other() -> None:
     assert "a" not in registry
 
 
+async def test_what_is_loaded_when_the_registry_closes_is_closed_and_never_listed() -> None:
+    go_on = asyncio.Event()
+
+    async def start(source: Any) -> Any:
+        await go_on.wait()
+        return source
+
+    registry: ModelRegistry[Any] = ModelRegistry(start)
+    late = FakeScheduler()
+    loading = asyncio.ensure_future(registry.load("a", late))
+    await asyncio.sleep(0)
+    await registry.close()
+    go_on.set()
+    with pytest.raises(Unavailable, match="the registry was closed while the model was being loaded"):
+        await loading
+    assert late.closed_with == 0.0
+    assert registry.list() == []
+
+
+async def test_names_that_never_were_leave_nothing_behind() -> None:
+    async with registry_of_fakes() as registry:
+        for change in (registry.unload("nobody"), registry.replace("nobody", FakeScheduler())):
+            with pytest.raises(ModelNotLoaded):
+                await change
+        assert registry._changes == {}
+
+
 # ------------------------------------------------------------------------- a replacement without a gap
 
 

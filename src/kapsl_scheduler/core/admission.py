@@ -53,19 +53,21 @@ def determine_priority(profile: RequestProfile) -> Priority:
     return Priority.LATENCY_CRITICAL if critical else Priority.THROUGHPUT
 
 
-def check_timeout(name: str, seconds: float) -> float:
-    """Seconds that are a sensible limit. Raises `InvalidInput`."""
+def check_timeout(name: str, seconds: Any) -> float:
+    """Seconds that are a sensible limit, as a float whatever number came. Raises `InvalidInput`."""
     try:
-        if seconds > 0:
-            return seconds
-    except TypeError:
-        pass  # no number
+        if not isinstance(seconds, str | bytes) and (limit := float(seconds)) > 0:
+            return limit
+    except (TypeError, ValueError, OverflowError):
+        pass  # no number, or none that a clock can count to
     raise InvalidInput(f"{name}: expected more than 0 seconds, got {seconds!r}")
 
 
+_MOST_SHAPES: Final = 1024  # of which the answer is kept at hand; larger requests are looked at one by one
+
 Admitted = tuple[tuple[Array, ...], int, Shape, bool, int]
 """A valid request: its inputs under the names of its shape, its rows, what it shares batches with, whether its caller
-left the batch axis out, its bytes. A plain tuple: a named one costs every request half of what admission costs."""
+left the batch axis out, its bytes. A plain tuple: a named one would cost every request as much as looking at it."""
 
 
 class Admission:
@@ -178,7 +180,7 @@ class Admission:
         if not arrays:
             raise InvalidInput("no inputs came, expected at least one array")
         inner = 1 if self.info.batchable else 0
-        key = tuple((name, array.dtype.str, array.shape[inner:]) for name, array in arrays.items())
+        key = tuple((name, array.dtype, array.shape[inner:]) for name, array in arrays.items())
         shape = self._intern(key, tuple(arrays))
         if not self.info.batchable:
             return tuple(arrays.values()), 1, shape, False, _nbytes(arrays)
@@ -199,8 +201,8 @@ class Admission:
 
 
 class PlainInput:
-    """Of a model with one input of fixed inner dimensions: all that one array may be. `shapes` has every shape that it
-    may have, and what admission says of it: its rows, whether it lacks the batch axis, its bytes."""
+    """Of a model with one input of fixed inner dimensions: what one array may be. `shapes` has the shapes that it may
+    have, and what admission says of each: its rows, whether it lacks the batch axis, its bytes."""
 
     __slots__ = ("dtype", "name", "shape", "shapes")
 
@@ -209,7 +211,8 @@ class PlainInput:
         self.name = spec.name
         self.dtype = numpy_dtype(spec.dtype)
         nbytes = math.prod(inner) * self.dtype.itemsize
-        self.shapes = {(rows, *inner): (rows, False, nbytes * rows) for rows in range(1, max_rows + 1)}
+        most = min(max_rows, _MOST_SHAPES)
+        self.shapes = {(rows, *inner): (rows, False, nbytes * rows) for rows in range(1, most + 1)}
         self.shapes[inner] = (1, True, nbytes)
         self.shape = shape
 
@@ -223,7 +226,8 @@ def _as_array(spec: TensorSpec, value: Any) -> Array:
     if spec.dtype == "string" and array.dtype.kind in "OUS":
         return _strings(spec, array.astype(object, copy=False))
     if array.dtype != dtype:
-        raise InvalidInput(f"input {spec.name!r}: dtype {dtype_name(array.dtype)}, expected {spec.dtype}")
+        came = dtype_name(array.dtype) if array.dtype.isnative else f"{array.dtype.str} (of another byte order)"
+        raise InvalidInput(f"input {spec.name!r}: dtype {came}, expected {spec.dtype}")
     return array
 
 

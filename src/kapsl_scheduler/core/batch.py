@@ -1,13 +1,13 @@
 """One request as the queue sees it, and a batch of them: stack rows into one array per input, split rows out.
 
-What is not here: which requests go into a batch (core.queue) and what a valid request is (core.admission).
+What is not here: which requests go into a batch (core.forming) and what a valid request is (core.admission).
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 import msgspec
@@ -203,12 +203,16 @@ class Layout:
 
         Raises `InferenceError` where an output does not have the batch's rows on its batch axis.
         """
+        if type(outputs) is not dict and not isinstance(outputs, Mapping):
+            raise InferenceError(f"the engine returned {type(outputs).__name__}, expected a mapping of arrays")
         members = batch.members
         if not batch.shape.batchable:
             return (tuple(outputs.values()),)
         rows = batch.rows
         axes: list[int | None] = []
         for name, array in outputs.items():
+            if not isinstance(array, np.ndarray):
+                raise InferenceError(f"output {name!r}: expected an array, got {type(array).__name__}")
             axis = self._output_axes.get(name, self._UNDECLARED)
             if axis is not None and (array.ndim <= axis or array.shape[axis] != rows):
                 raise InferenceError(

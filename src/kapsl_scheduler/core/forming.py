@@ -128,9 +128,11 @@ class BatchFormer:
                 together.setdefault(lane.shape, []).append(lane)
         held_until = math.inf
         for alike in together.values():
+            if sum(lane.rows for lane in alike) >= enough:
+                ready += alike
+                continue
             oldest = min(item.arrival for lane in alike for item in lane)
-            full = sum(lane.rows for lane in alike) >= enough
-            if full or oldest <= queue.urged or oldest + policy.max_queue_delay <= now:
+            if oldest <= queue.urged or oldest + policy.max_queue_delay <= now:
                 ready += alike
             else:
                 held_until = min(held_until, oldest + policy.max_queue_delay)

@@ -3,7 +3,7 @@
 Two questions are asked of it and they err in opposite directions on purpose:
 `upper` bounds what a batch may cost (filling, slices, cuts), so where nothing was measured it assumes the worst
 that the measurements allow; `lower` decides who is already too late, so it never condemns a request on a guess.
-What is not here: the decisions themselves, which are the queue's.
+What is not here: the decisions themselves (core.forming).
 """
 
 from __future__ import annotations

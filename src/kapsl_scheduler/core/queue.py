@@ -77,6 +77,14 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"max_waiting: expected at least 0, got {self.max_waiting}")
         if self.block_timeout is not None and not self.block_timeout >= 0:
             raise ValueError(f"block_timeout: expected at least 0 seconds or None, got {self.block_timeout}")
+        if isinstance(self.shares, Mapping):
+            try:
+                by_class = {Priority.of(key): share for key, share in self.shares.items()}
+            except ValueError as error:
+                raise ValueError(f"shares: {error}") from None
+            if Priority.LATENCY_CRITICAL in by_class:
+                raise ValueError("shares: expected classes below LATENCY_CRITICAL, which keeps what the others leave")
+            msgspec.structs.force_setattr(self, "shares", by_class)
         shares = self.share_by_class()
         if any(not 0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
             raise ValueError(f"shares: expected fractions from 0 that add up to less than 1, got {self.shares}")
@@ -144,6 +152,11 @@ class RequestQueue:
     def background_bound(self) -> float:
         """Seconds that background work may add to a live request."""
         return self._former.background_bound
+
+    @property
+    def returned(self) -> int:
+        """Requests that wait to run alone."""
+        return sum(len(queue.returned) for queue in self._classes)
 
     def queued_by_class(self) -> tuple[int, ...]:
         return tuple(queue.count for queue in self._classes)

@@ -18,7 +18,7 @@ from kapsl_scheduler.ports import Clock
 __all__ = ["Alarm", "Deadlines"]
 
 _LINES: Final = 16
-_GARBAGE: Final = 256  # entries of answered requests tolerated in a line or the heap beyond the others
+_GARBAGE: Final = 32  # entries of answered requests tolerated in a line or the heap beyond the others
 
 
 class Alarm(enum.IntEnum):

@@ -2,7 +2,7 @@
 
 Slots change the queue here and under that lock, which is never held across an engine call or a callback.
 What is not here: how a slot runs what it pulled (runtime.worker), what an outcome means for its callers
-(runtime.scheduler).
+(runtime.settlement).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = ["Dispatch"]
 logger = logging.getLogger(__name__)
 
 LONG_LOOP_CALL: Final = 10e-3
-"""Seconds: after `LONG_LOOP_CALLS` calls on the loop's thread above it within a minute the engine keeps to its own
-thread for good; likewise once the median of its last calls is above four times the limit by which warm-up decides.
-Single calls are given more: their wall time includes whatever else was given the processor meanwhile."""
+"""Seconds: after `LONG_LOOP_CALLS` (runtime.worker) calls on the loop's thread above it within a minute the engine
+keeps to its own thread for good; likewise once the median of its last calls is above four times the limit by which
+warm-up decides. Single calls are given more: their wall time includes whatever else was given the processor."""
 
 
 class Listener(Protocol):
@@ -60,6 +60,9 @@ class Listener(Protocol):
 
     def evict(self, items: Sequence[Pending], eviction: EngineError) -> None:
         """Queued requests have made room for others."""
+
+    def broken(self, items: Sequence[Pending]) -> None:
+        """Requests that have arrived could not be let in, for no fault of theirs."""
 
     def settle(self, dispatch: Dispatch, outcomes: Sequence[Outcome], late: Sequence[Pending]) -> None:
         """Calls have ended, and requests were found too late for theirs."""
@@ -155,7 +158,8 @@ class Dispatch:
             self._idle.clear()
             waiting, admitted = self.queue.clear()
             running = self.running()
-        return waiting, admitted + running
+            late, self._late = self._late, []
+        return waiting, admitted + running + late
 
     async def stop(self, patience: float) -> list[str]:
         """End the slots and unload the engines. A slot whose call does not end within `patience` seconds is left
@@ -200,12 +204,20 @@ class Dispatch:
             return
         self.arrivals = []
         self._listener.arrived(len(arrivals))
-        with self.lock:
-            count = self.queue.push_many(arrivals)
-        if count < len(arrivals):
-            arrivals[count:] = [item for item in arrivals[count:] if self._let_in_singly(item)]
-        if arrivals:
-            self._listener.let_in(arrivals)
+        try:
+            with self.lock:
+                count = self.queue.push_many(arrivals)
+            staying = arrivals
+            if count < len(arrivals):
+                staying = arrivals[:count] + [item for item in arrivals[count:] if self._let_in_singly(item)]
+            if staying:
+                self._listener.let_in(staying)
+        except Exception:
+            logger.exception("those who arrived could not be let in")
+            with self.lock:
+                for item in arrivals:
+                    self.queue.remove(item)
+            self._listener.broken(arrivals)
 
     def _let_in_singly(self, item: Pending) -> bool:
         """There may be no room at once: the policy says what becomes of the request, and who must go for it. Returns
@@ -239,6 +251,7 @@ class Dispatch:
             if item.state is not State.WAITING:
                 return None
             self.queue.remove(item)
+            self.turn_soon()  # others may have got in, in its place
             return Overloaded("there was no room in the queue in time", retry_after=self.queue.drain_time())
 
     def _turn(self) -> None:
@@ -283,6 +296,8 @@ class Dispatch:
             worker.wake()  # its thread asks for the engine's health
         self._listener.settle(self, [] if outcome is None else [outcome], late)
         self.turn_soon()  # after those who have just had their answers, and may ask again
+        if outcome is not None and isinstance(outcome.error, (KeyboardInterrupt, SystemExit)):
+            raise outcome.error  # this is the loop's own thread: they are for the program, not only for the callers
 
     def _judge_loop_call(self, state: EngineState, outcome: Outcome) -> None:
         """Whether the engine may stay on the loop's thread after this call."""
@@ -325,9 +340,9 @@ class Dispatch:
         return [item for batch in batches if batch is not None for item in batch.members]
 
     def depth(self) -> int:
-        """Requests queued and running."""
+        """Requests queued, returned to run alone, and running."""
         with self.lock:
-            return self.queue.queued + len(self.running())
+            return self.queue.queued + self.queue.returned + len(self.running())
 
     def health(self) -> list[EngineHealth]:
         """Each engine: loading, ready, stuck or lost."""
@@ -402,7 +417,10 @@ class Dispatch:
             rest = worker.running = batch.without(late)
             if rest is None:
                 self.calls_in_flight -= 1
-            return rest
+            notify, self._notified = not self._notified, True
+        if notify:
+            self.loop.call_soon_threadsafe(self._deliver)
+        return rest
 
     def _gives_way(self) -> bool:
         """Whether a slot should let the loop hand out answers before it pulls again: only background work waits, less

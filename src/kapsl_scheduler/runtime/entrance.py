@@ -35,13 +35,15 @@ class Phase(enum.Enum):
     """Where a scheduler is in its life."""
 
     NEW = "starting"
+    LOADING = "loading"
     OPEN = "ready"
     CLOSING = "closing"
     CLOSED = "closed"
 
 
-# Looking a member up in its enum costs as much as a function call.
+# Looking a member up in its enum, or its module, costs as much as a function call.
 OPEN: Final = Phase.OPEN
+INFINITE: Final = math.inf
 
 
 class Entrance:
@@ -64,18 +66,24 @@ class Entrance:
         self._books = books
         self._main = main
         self._clock = clock
-        self._default_priority = default_priority
+        try:
+            self._default_priority = default_priority if callable(default_priority) else Priority.of(default_priority)
+        except ValueError as error:
+            raise ValueError(f"default_priority: {error}, or a policy") from None
         self._elsewhere = elsewhere
         self._fair = main.queue.policy.tenant_fairness
         self._loop: asyncio.AbstractEventLoop
         self._is_running: Callable[[], bool]
         self._new_future: Callable[[], asyncio.Future[Any]]
+        self.nobody: asyncio.Future[Any]  # what a request has for a future when its caller has gone
         self._thread = 0
 
     def belong(self) -> None:
         """From now on it belongs to the running loop."""
         self._loop = asyncio.get_running_loop()
         self._is_running, self._new_future = self._loop.is_running, self._loop.create_future
+        self.nobody = self._new_future()
+        self.nobody.cancel()
         self._thread = get_ident()
 
     def is_here(self) -> bool:
@@ -124,7 +132,7 @@ class Entrance:
             and (known := plain.shapes.get(request.shape)) is not None
             and type(priority) is Priority
             and type(timeout) is float
-            and timeout > 0.0
+            and 0.0 < timeout < INFINITE
             and session_id is None
             and overflow is None
             and block_timeout is None
@@ -230,24 +238,28 @@ class Entrance:
         session_id: str | None,
         force_cpu: bool,
     ) -> Pending:
-        tenant = request_id = None
+        tenant: str | None = None
+        request_id: str | None = None
         if isinstance(request, InferenceRequest):
             session_id = session_id or request.session_id
             metadata = request.metadata
             if metadata is not None:
                 request_id = metadata.request_id
-                tenant = metadata.tenant if self._fair else None
+                tenant = _as_text("tenant", metadata.tenant) if self._fair else None
                 priority = metadata.priority if priority is None else priority
                 force_cpu = force_cpu or metadata.force_cpu
                 if timeout is None and metadata.timeout_ms is not None:
                     timeout = check_timeout("timeout_ms", metadata.timeout_ms) / 1000
+        if timeout is not None:
+            timeout = check_timeout("timeout", timeout)
+            timeout = None if timeout == math.inf else timeout
         if type(priority) is not Priority:
             priority = self._default_class(admitted, timeout) if priority is None else _as_priority(priority)
         now = self._clock()
         if timeout is None:
             deadline, urgency = math.inf, now + DEFAULT_HORIZON
         else:
-            deadline = urgency = now + check_timeout("timeout", timeout)
+            deadline = urgency = now + timeout
         home = self._main if not force_cpu and self._main.works else self._elsewhere(force_cpu)
         inputs, rows, shape, bare, nbytes = admitted
         future = self._new_future()
@@ -256,6 +268,7 @@ class Entrance:
         )
         if session_id is not None or tenant is not None:
             item.tenant = tenant
+            session_id = _as_text("session_id", session_id)
             item.pin = None if session_id is None else self._pin(session_id, home)
             item.set_apart()
         return item
@@ -264,13 +277,12 @@ class Entrance:
         policy = self._default_priority
         if isinstance(policy, Priority):
             return policy
-        return policy(
-            RequestProfile(
-                sla_deadline=None if timeout is None else timeout * 1000,
-                batch_size=admitted[1],
-                input_size_bytes=admitted[4] // admitted[1],
-            )
+        profile = RequestProfile(
+            sla_deadline=None if timeout is None else timeout * 1000,
+            batch_size=admitted[1],
+            input_size_bytes=admitted[4] // admitted[1],
         )
+        return _as_priority(policy(profile))
 
     def _pin(self, session_id: str, home: Dispatch) -> int | None:
         """The engine that a session belongs to, where there is a choice."""
@@ -292,7 +304,12 @@ def _checked(overflow: Any, block_timeout: Any) -> QueueOverflowPolicy | None:
 
 def _as_priority(value: Any) -> Priority:
     try:
-        return Priority[value.upper()] if isinstance(value, str) else Priority(value)
-    except (KeyError, ValueError):
-        known = ", ".join(f"{priority.value} ({priority.name})" for priority in Priority)
-        raise InvalidInput(f"priority: expected one of {known}, got {value!r}") from None
+        return Priority.of(value)
+    except ValueError as error:
+        raise InvalidInput(f"priority: {error}") from None
+
+
+def _as_text(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise InvalidInput(f"{name}: expected a string, got {value!r}")

@@ -6,7 +6,7 @@ What is not here: how they are exposed (Prometheus and the like belong to the se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -30,46 +30,52 @@ BOUNDS: Final = tuple(_SMALLEST * 2 ** (step / _PER_OCTAVE) for step in range(24
 """Upper bounds of the latency buckets in seconds: 10 us to about 140 s, 19 % apart."""
 
 
+class _Kept(NamedTuple):
+    counts: np.ndarray[Any, np.dtype[np.int64]]
+    total: float
+    fresh: list[tuple[list[float], float]]
+
+
 class Histogram:
     """Counts by latency bucket. `counts[i]` is for values up to `BOUNDS[i]`, the last for all above; `total` is the sum
     of the values.
 
     Moments are kept as they come and sorted into their buckets in bulk, when somebody asks or many are there: one at a
-    time costs several times as much.
+    time costs several times as much. One thread writes; any may ask, since that changes nothing.
     """
 
-    __slots__ = ("_begins", "_counts", "_ends", "_sizes", "_total")
+    __slots__ = ("_fresh_count", "_kept")
 
     def __init__(self) -> None:
-        self._counts = np.zeros(len(BOUNDS) + 1, np.int64)
-        self._begins: list[float] = []
-        self._ends: list[float] = []  # of so many of the begins, in their order
-        self._sizes: list[int] = []
-        self._total = 0.0
+        # Counts and total so far, and what came since: replaced as one, so that nobody sees what belongs not together.
+        self._kept = _Kept(np.zeros(len(BOUNDS) + 1, np.int64), 0.0, [])
+        self._fresh_count = 0
 
     def extend(self, begins: list[float], end: float) -> None:
         """Add the seconds from each of the moments to one end."""
-        self._begins += begins
-        self._ends.append(end)
-        self._sizes.append(len(begins))
-        if len(self._begins) >= _BULK:
-            self._sort()
+        if begins:
+            self._kept.fresh.append((begins, end))
+            self._fresh_count += len(begins)
+            if self._fresh_count >= _BULK:
+                self._kept = self._sorted()
+                self._fresh_count = 0
 
     @property
     def counts(self) -> list[int]:
-        self._sort()
-        return [int(count) for count in self._counts]
+        return [int(count) for count in self._sorted().counts]
 
     @property
     def total(self) -> float:
-        self._sort()
-        return self._total
+        return self._sorted().total
 
-    def _sort(self) -> None:
-        values = np.repeat(self._ends, self._sizes) - np.asarray(self._begins)
-        self._begins, self._ends, self._sizes = [], [], []
-        self._total += float(values.sum())
-        self._counts += np.bincount(np.searchsorted(BOUNDS, values), minlength=len(self._counts))
+    def _sorted(self) -> _Kept:
+        kept = self._kept
+        fresh = kept.fresh[:]
+        begins = np.array([begin for begins, _ in fresh for begin in begins])
+        ends = np.repeat([end for _, end in fresh], [len(begins) for begins, _ in fresh])
+        values = ends - begins
+        counts = kept.counts + np.bincount(np.searchsorted(BOUNDS, values), minlength=len(kept.counts))
+        return _Kept(counts, kept.total + float(values.sum()), [])
 
     @property
     def count(self) -> int:
@@ -191,7 +197,7 @@ class SchedulerHealth(msgspec.Struct, frozen=True):
     """Whether the engines work, never how busy they are.
 
     `healthy`: every engine works. `ready`: at least one can take work, and the scheduler is open. `status`:
-    starting, ready, degraded (some engines do not work), unavailable (none does), closing or closed.
+    starting, loading, ready, degraded (some engines do not work), unavailable (none does), closing or closed.
     """
 
     healthy: bool

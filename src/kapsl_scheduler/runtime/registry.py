@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from kapsl_scheduler.errors import ModelLoadError, ModelNotLoaded
+from kapsl_scheduler.errors import ModelLoadError, ModelNotLoaded, Unavailable
 from kapsl_scheduler.ports import ReplicaScheduler
 from kapsl_scheduler.types import ModelInfo
 
@@ -57,6 +57,7 @@ class ModelRegistry(Generic[Source]):
         self._factory = factory
         self._models: dict[str, ServedModel] = {}
         self._changes: dict[str, asyncio.Lock] = {}
+        self._closing = False
 
     async def __aenter__(self) -> ModelRegistry[Source]:
         return self
@@ -67,7 +68,7 @@ class ModelRegistry(Generic[Source]):
         await self.close()
 
     async def load(self, name: str, source: Source) -> ServedModel:
-        """Loads a model under a name that is free. Raises `ModelLoadError`."""
+        """Loads a model under a name that is free. Raises `ModelLoadError`, `Unavailable` once `close` was called."""
         async with self._changing(name):
             if name in self._models:
                 raise ModelLoadError(f"a model named {name!r} is loaded already: replace it, or unload it first")
@@ -79,6 +80,8 @@ class ModelRegistry(Generic[Source]):
         The old one serves until the new one is loaded and warm; what began on the old one ends there, within
         `drain` seconds. If the new one does not load, nothing changes and its `ModelLoadError` is raised.
         """
+        if name not in self._changes:
+            self.get(name)
         async with self._changing(name):
             old = self.get(name)
             new = await self._put(name, source)
@@ -87,6 +90,8 @@ class ModelRegistry(Generic[Source]):
 
     async def unload(self, name: str, *, drain: float = 10.0) -> None:
         """Takes a model out of service at once and closes it, giving its work `drain` seconds to end."""
+        if name not in self._changes:
+            self.get(name)
         async with self._changing(name):
             model = self.get(name)
             del self._models[name]
@@ -121,7 +126,9 @@ class ModelRegistry(Generic[Source]):
 
     async def close(self, drain: float = 10.0) -> None:
         """Closes all models side by side, giving their work `drain` seconds. They stay listed until then, so
-        that late requests hear from their scheduler that it is closing."""
+        that late requests hear from their scheduler that it is closing. What is still being loaded is closed when it is
+        there, and never listed."""
+        self._closing = True
         models = self.list()
         outcomes = await asyncio.gather(*(model.scheduler.close(drain) for model in models), return_exceptions=True)
         for model in models:
@@ -132,6 +139,9 @@ class ModelRegistry(Generic[Source]):
 
     async def _put(self, name: str, source: Source) -> ServedModel:
         scheduler = await self._factory(source)
+        if self._closing:
+            await scheduler.close(0.0)
+            raise Unavailable("the registry was closed while the model was being loaded")
         model = ServedModel(name, scheduler.model_info(), scheduler)
         self._models[name] = model
         return model

@@ -31,7 +31,7 @@ from kapsl_scheduler.runtime.deadlines import Alarm, Deadlines
 from kapsl_scheduler.runtime.dispatch import Dispatch
 from kapsl_scheduler.runtime.entrance import Entrance, Phase, PriorityPolicy
 from kapsl_scheduler.runtime.metrics import EngineHealth, SchedulerHealth, SchedulerStatistics
-from kapsl_scheduler.runtime.settlement import Settlement, report
+from kapsl_scheduler.runtime.settlement import Settlement, as_engine_error, report
 from kapsl_scheduler.runtime.stream import StreamChannel
 from kapsl_scheduler.runtime.worker import PROBE_FIRST
 from kapsl_scheduler.types import EngineMetrics, InferenceResponse, ModelInfo, Priority
@@ -115,6 +115,7 @@ class Scheduler:
         if self._entrance.phase is not Phase.NEW:
             raise RuntimeError(f"the scheduler is {self._entrance.phase.value}: each is entered once")
         self._entrance.belong()
+        self._entrance.shut(Phase.LOADING)
         try:
             await self._main.load(self._engines, self._workers_per_engine)
             infos = [state.engine.model_info() for state in self._main.engines]
@@ -122,14 +123,18 @@ class Scheduler:
                 raise ModelLoadError(f"the engines of one scheduler must run the same model, got {infos}")
             self._entrance.admission = Admission(infos[0], self._batch.max_batch_size)
             await self._main.serve(self._entrance.admission)
-            self._entrance.open()
             if self._fallback:
                 self._cpu_lane()
                 if self._cpu_start is not None:
                     await self._cpu_start
+            if self._entrance.phase.value == Phase.CLOSING.value:  # by another task, while this one waited
+                raise Unavailable("the scheduler was closed while it was starting")
+            self._entrance.open()
         except BaseException:
-            self._entrance.shut(Phase.CLOSED)
-            await self._stop()
+            try:
+                await self._stop()
+            finally:
+                self._end()
             raise
         return self
 
@@ -140,7 +145,8 @@ class Scheduler:
 
     async def close(self, drain: float = DRAIN) -> None:
         """Refuse new requests, let those that are there end for up to `drain` seconds, fail the rest with
-        `Unavailable`, stop the slots and unload the engines.
+        `Unavailable` (those of an `infer_many` that have not had their turn among them), stop the slots and unload the
+        engines. One that is still starting is stopped when its engines are loaded: who enters it hears `Unavailable`.
 
         A slot whose call hangs is left behind and named in the log. Closing what is closed, or never was entered, does
         nothing; closing while another closes waits for it, and shortens its drain if this one is shorter. Cancelling it
@@ -150,6 +156,8 @@ class Scheduler:
             return
         self._entrance.check_loop()
         until = asyncio.get_running_loop().time() + drain
+        if self._entrance.phase is Phase.LOADING:
+            self._entrance.shut(Phase.CLOSING)
         if self._entrance.phase is Phase.CLOSING:
             drain_timer = self._drain
             if drain_timer is not None and until < (drain_timer.when() or math.inf) and not drain_timer.expired():
@@ -167,11 +175,16 @@ class Scheduler:
             pass
         finally:
             self._drain = None
-            self._fail_all(Unavailable("the scheduler was closed before the request was answered"))
-            self._deadlines.close()
-            await self._stop()
-            self._entrance.shut(Phase.CLOSED)
-            self._closed.set()
+            try:
+                self._fail_all(Unavailable("the scheduler was closed before the request was answered"))
+                await self._stop()
+            finally:
+                self._end()
+
+    def _end(self) -> None:
+        self._deadlines.close()
+        self._entrance.shut(Phase.CLOSED)
+        self._closed.set()
 
     async def _stop(self) -> None:
         if self._cpu_start is not None:
@@ -207,8 +220,12 @@ class Scheduler:
     async def _start_cpu(self, lane: Dispatch, engine: Engine) -> None:
         try:
             await lane.load([engine], self._cpu_workers)
+            info, other = self._entrance.admission.info, engine.model_info()
+            if (info.inputs, info.outputs) != (other.inputs, other.outputs):
+                raise ModelLoadError(f"the engine's variant for the CPU is another model: {other}, expected {info}")
             await lane.serve(self._entrance.admission)
-        except EngineError as error:
+        except Exception as failure:
+            error = as_engine_error(failure)
             lane.works = False
             await lane.stop(HUNG_AFTER)
             lane.let_in()
@@ -218,7 +235,7 @@ class Scheduler:
             self._books.failed += self._settlement.fail(queued, error)
             self._cpu, self._cpu_start = None, None  # the next request tries again
             if self._fallback:
-                raise
+                raise error from failure
 
     # -------------------------------------------------------------------------------------- requests
 
@@ -283,8 +300,9 @@ class Scheduler:
         """Answer several requests, in their order. One with more rows than `max_batch_size` is split into several calls
         and its answer joined again.
 
-        With `return_exceptions`, errors stand in the list in place of answers; without, the first is raised and the
-        others go on, as in `asyncio.gather`. Cancelling the await cancels them all.
+        With `return_exceptions`, errors stand in the list in place of answers; without, an invalid request is raised
+        before any is queued, and of later errors the first while the others go on, as in `asyncio.gather`. Cancelling
+        the await cancels them all.
         """
         answers: list[list[Pending] | EngineError] = []
         for request in requests:
@@ -294,27 +312,36 @@ class Scheduler:
                 if not return_exceptions:
                     raise
                 answers.append(error)
-        submitted: list[Pending] = []
-        # No more of them at a time than the queue holds: they must not crowd each other out.
-        room = asyncio.Semaphore(self._queue.max_size)
+        offered: list[Pending] = []
         try:
-            for item in [item for answer in answers if isinstance(answer, list) for item in answer]:
-                await room.acquire()
-                try:
-                    self._entrance.enter_again(item)
-                    item.home.offer(item)
-                except EngineError as error:
-                    item.future.set_exception(error)
-                submitted.append(item)
-                item.future.add_done_callback(lambda _: room.release())
-            await asyncio.gather(*(item.future for item in submitted), return_exceptions=return_exceptions)
+            await self._offer_in_turn([item for parts in answers if isinstance(parts, list) for item in parts], offered)
+            await asyncio.gather(*(item.future for item in offered), return_exceptions=return_exceptions)
         except asyncio.CancelledError:
-            for item in submitted:
-                self._abandon(item)
-                if not item.future.cancelled():
+            for item in offered:
+                if item.future.done() and not item.future.cancelled():
                     item.future.exception()  # nobody will hear of it, and that is no fault
+                self._abandon(item)
             raise
         return [self._joined(answer) if isinstance(answer, list) else answer for answer in answers]
+
+    async def _offer_in_turn(self, items: Iterable[Pending], offered: list[Pending]) -> None:
+        """Offer requests, no more of them at a time than the queue holds: they must not crowd each other out."""
+        room = asyncio.Semaphore(self._queue.max_size)
+        waited = False
+        for item in items:
+            waited = waited or room.locked()
+            await room.acquire()
+            try:
+                if waited:
+                    self._entrance.enter_again(item)
+                    if item.timeout is not None:  # others have arrived after it, and have been let in before it
+                        self._deadlines.add(item, item.timeout, Alarm.DEADLINE)
+                        item.timeout = None
+                item.home.offer(item)
+            except EngineError as error:
+                item.future.set_exception(error)
+            offered.append(item)
+            item.future.add_done_callback(lambda _: room.release())
 
     async def infer_stream(
         self,
@@ -373,7 +400,13 @@ class Scheduler:
             future.cancel()
         elif not future.cancelled():
             return  # answered in the same pass of the loop
-        if item.home.take_out(item) is WAITING:
+        state = item.home.take_out(item)
+        # Whoever still holds the request need not hold its inputs, nor what its caller was doing (a cancelled future
+        # does, by the traceback of its error).
+        item.future = self._entrance.nobody
+        if state is not State.RUNNING:
+            item.inputs = ()
+        if state is WAITING:
             self._books.withdrawn += 1
         else:
             self._books.cancelled += 1

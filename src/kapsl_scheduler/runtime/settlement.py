@@ -21,7 +21,7 @@ from kapsl_scheduler.runtime.metrics import Books, ClassStatistics, SchedulerSta
 from kapsl_scheduler.runtime.worker import Outcome
 from kapsl_scheduler.types import Array, InferenceResponse, Priority, Tensors
 
-__all__ = ["Settlement", "report"]
+__all__ = ["Settlement", "as_engine_error", "report"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,8 @@ class Settlement:
         line of the books they belong to is the caller's to say."""
         failed = 0
         for item in items:
+            if item.state is not State.RUNNING:
+                item.inputs = _NONE  # whoever still holds the request need not hold them
             item.state = State.DONE
             if not item.future.done():
                 item.future.set_exception(error.fresh())
@@ -105,14 +107,25 @@ class Settlement:
             error = DeadlineExceeded("the deadline comes before the request could be answered")
             self.books.expired += self.fail(late, error)
         for outcome in outcomes:
-            if outcome.error is None:
-                try:
-                    self._answer(dispatch, outcome)
-                except Exception as error:  # outputs that do not fit the batch are the engine's failure
-                    outcome.error = error
-            if outcome.error is not None:
-                self._recover(dispatch, outcome, as_engine_error(outcome.error))
-            self._count(outcome)
+            try:
+                self._settle(dispatch, outcome)
+            except Exception:
+                logger.exception("what a call came to could not be told to its callers")
+                self.books.failed += self.fail(outcome.batch.members, InferenceError("the scheduler failed"))
+
+    def _settle(self, dispatch: Dispatch, outcome: Outcome) -> None:
+        if outcome.error is None:
+            try:
+                self._answer(dispatch, outcome)
+            except Exception as error:  # outputs that do not fit the batch are the engine's failure
+                outcome.error = error
+        if outcome.error is not None:
+            self._recover(dispatch, outcome, as_engine_error(outcome.error))
+        self._count(outcome)
+
+    def broken(self, items: Sequence[Pending]) -> None:
+        """Requests that have arrived could not be let in, for no fault of theirs."""
+        self.books.failed += self.fail(items, InferenceError("the scheduler failed"))
 
     def lost(self, dispatch: Dispatch, engine: int) -> None:
         """A slot of the engine has failed, and the engine is not used any more."""
@@ -171,31 +184,37 @@ class Settlement:
     def _recover(self, dispatch: Dispatch, outcome: Outcome, error: EngineError) -> None:
         """A call failed: its members come back to run alone, where that may help and the budget allows."""
         batch, books = outcome.batch, self.books
-        lost = isinstance(error, Unavailable)
+        met_loss = isinstance(error, Unavailable)
+        lost = met_loss or outcome.state.lost  # by another slot's call, or by this one
         members = [item for item in batch.members if not item.future.done()]
         books.discarded += len(batch.members) - len(members)
         may_return = outcome.state.engine.retry and batch.members[0].stream is None and not dispatch.stopping
         if lost:
             for item in members:
-                item.losses += 1
+                item.losses += met_loss
                 item.unpin()
-        elif len(batch.members) == 1:
+        if not met_loss and len(batch.members) == 1:
             may_return = False
         now = self._clock()
         back = [item for item in members if may_return and item.losses < 2 and self._budget.take(now)]
         books.retried += len(back)
         books.failed += self.fail((item for item in members if item not in back), error)
+        for item in batch.members:
+            if item not in back:
+                item.inputs = _NONE
         with dispatch.lock:
             dispatch.queue.give_back(back)
         dispatch.turn_soon()
         if lost:
-            self._after_loss(dispatch, outcome.state.index, error)
+            gone = error if met_loss else Unavailable("the engine was lost")
+            self._after_loss(dispatch, outcome.state.index, gone)
 
     def _after_loss(self, dispatch: Dispatch, engine: int, error: EngineError) -> None:
         """An engine is lost: its sessions may go anywhere; if no other works, everybody goes to the refuge."""
         dispatch.let_in()
         with dispatch.lock:
             dispatch.queue.unpin(engine)
+            dispatch.turn_soon()
             if dispatch.works:
                 return
             waiting, queued = dispatch.queue.clear()
@@ -224,7 +243,10 @@ def as_engine_error(error: BaseException) -> EngineError:
     """What an engine raised, as its callers hear it."""
     if isinstance(error, EngineError):
         return error
-    wrapped = InferenceError(f"{type(error).__name__}: {error}")
+    try:
+        wrapped = InferenceError(f"{type(error).__name__}: {error}")
+    except Exception:  # it cannot even say what it is
+        wrapped = InferenceError(type(error).__name__)
     wrapped.__cause__ = error
     return wrapped
 

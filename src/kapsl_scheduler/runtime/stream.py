@@ -1,7 +1,7 @@
 """A stream's chunks on their way from the engine to the reader: a bounded buffer with patience.
 
 The producer is the slot (a thread, or a task of the loop), the reader a task of the loop. What is not here: who runs
-streams (worker) and how their outcome is counted (scheduler).
+streams (worker) and how their outcome is counted (settlement).
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Mapping
 from typing import Final, cast
 
-from kapsl_scheduler.errors import Overloaded
+from kapsl_scheduler.errors import InferenceError, Overloaded
 from kapsl_scheduler.ports import Clock
 from kapsl_scheduler.types import Tensors
 
@@ -26,8 +27,8 @@ class StreamChannel:
     """Chunks from one producer to one reader.
 
     The producer calls `put` (from a thread) or awaits `put_async` (on the loop); both return False once the reader has
-    gone or been told an error, and raise `Overloaded` if it stalls. The reader awaits `next_chunk`, which returns None
-    at the end.
+    gone or been told an error, and raise `Overloaded` if it stalls, `InferenceError` for what is no chunk. The reader
+    awaits `next_chunk`, which returns None at the end.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
@@ -47,6 +48,7 @@ class StreamChannel:
 
     def put(self, chunk: Tensors) -> bool:
         """Hand over one chunk from the slot's thread, waiting for room."""
+        _check(chunk)
         with self._room:
             if not self._room.wait_for(lambda: self._over or len(self._chunks) < BUFFERED_CHUNKS, STREAM_STALL):
                 raise _stalled()
@@ -61,6 +63,7 @@ class StreamChannel:
 
     async def put_async(self, chunk: Tensors) -> bool:
         """Hand over one chunk from a task of the loop, waiting for room."""
+        _check(chunk)
         if len(self._chunks) >= BUFFERED_CHUNKS and not self._over:
             self._room_async.clear()
             try:
@@ -124,6 +127,13 @@ class StreamChannel:
             self._chunks.clear()
             self._room.notify()
         self._room_async.set()
+
+
+def _check(chunk: object) -> None:
+    if not isinstance(chunk, Mapping):
+        raise InferenceError(
+            f"the engine's stream has {type(chunk).__name__} for a chunk, expected a mapping of arrays"
+        )
 
 
 def _stalled() -> Overloaded:

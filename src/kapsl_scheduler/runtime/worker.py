@@ -2,7 +2,7 @@
 
 A slot is driven in one of three ways that share these steps: by its own thread, by the loop's thread while its calls
 prove shorter than a thread hop, or by a task if its engine is asynchronous (so virtual time drives the real thing).
-What is not here: the queue and who is woken (runtime.dispatch), what an outcome means (runtime.scheduler).
+What is not here: the queue and who is woken (runtime.dispatch), what an outcome means (runtime.settlement).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["EngineState", "Outcome", "TaskWorker", "ThreadWorker", "Worker"]
 logger = logging.getLogger(__name__)
 
 LOOP_CALL_LIMIT: Final = 150e-6
-"""Seconds: an engine whose longest warm-up call is shorter may run on the loop's thread; a thread hop costs as much."""
+"""Seconds: an engine whose slowest batch is shorter in warm-up may run on the loop's thread: a hop costs as much."""
 LONG_LOOP_CALLS: Final = 3
 HELD_UP: Final = 0.5e-3
 """Seconds between the pull and the call from which on deadlines are looked at again: a thread may have waited for the
@@ -322,6 +322,9 @@ class TaskWorker(Worker):
         try:
             if await self._prepare():
                 await self._serve()
+        except asyncio.CancelledError:
+            self._stopped.set()  # the loop is ending, whether or not somebody closes the scheduler
+            raise
         except Exception:
             logger.exception("%s: the slot failed", self.name)
             self.dispatch.fail(self)

@@ -50,9 +50,10 @@ def run(options: Options) -> Report:
     pieces: dict[str, Callable[[], float]] = {
         "admit one array": _admit,
         "make a pending request": _make,
-        "push": lambda: _push_and_pop()[0],
+        "push, 32 that arrived together, per request": lambda: _push_and_pop(together=True)[0],
+        "push, one alone": lambda: _push_and_pop()[0],
         "pop (pull of a full batch, per request)": lambda: _push_and_pop()[1],
-        "push, three classes at random": lambda: _push_and_pop(mixed=True)[0],
+        "push together, three classes at random": lambda: _push_and_pop(mixed=True, together=True)[0],
         "pop, three classes at random": lambda: _push_and_pop(mixed=True)[1],
         "reference: deque append and popleft": _deque,
         "stack, per row of 32": _stack,
@@ -108,16 +109,22 @@ def _requests(count: int, *, mixed: bool = False) -> list[Pending]:
     return [_pending(shape, _row(), 0.0, Priority(int(priority))) for priority in classes]
 
 
-def _push_and_pop(*, mixed: bool = False) -> tuple[float, float]:
-    """Seconds per push, and per request of the pulls that empty the queue again."""
+def _push_and_pop(*, mixed: bool = False, together: bool = False) -> tuple[float, float]:
+    """Seconds per push, and per request of the pulls that empty the queue again. `together`: a batch at a time, as
+    those who arrive in one pass of the loop."""
     requests = _requests(MAX_BATCH * BATCHES, mixed=mixed)
     queue = RequestQueue(BatchPolicy(max_batch_size=MAX_BATCH), QueuePolicy(max_size=len(requests)))
     slot = Slot(0, LatencyTable())
     for _ in range(5):
         slot.latency[requests[0].shape].observe(MAX_BATCH, 76e-6, 0.0)
+    passes = [requests[index : index + MAX_BATCH] for index in range(0, len(requests), MAX_BATCH)]
     start = time.perf_counter()
-    for request in requests:
-        queue.push(request)
+    if together:
+        for arrivals in passes:
+            queue.push_many(arrivals)
+    else:
+        for request in requests:
+            queue.push(request)
     pushed = time.perf_counter()
     batches: list[Batch] = []
     while (pull := queue.pull(0.0, slot)).batch is not None:

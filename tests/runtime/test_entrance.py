@@ -22,7 +22,7 @@ from kapsl_scheduler import (
     Unavailable,
 )
 from kapsl_scheduler.core.batch import Pending, State
-from kapsl_scheduler.runtime.entrance import Phase
+from kapsl_scheduler.runtime.entrance import Entrance, Phase
 from kapsl_scheduler.testing import FakeAsyncEngine
 from tests.runtime.helpers import FIXED_INFO, numbered, start, virtual_scheduler
 from tests.runtime.virtual import virtual
@@ -55,14 +55,17 @@ def fields(item: Pending) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("x", [numbered(3), numbered(3, rows=4), numbered(3)[0]], ids=["row", "rows", "bare"])
+@pytest.mark.parametrize("options", [PLAIN, (None, 2.5), (Priority.BACKGROUND, None), (None, None)])
 @virtual
-async def test_one_array_and_a_class_take_the_short_cut_and_are_what_the_long_way_makes_of_them(x: Any) -> None:
+async def test_one_array_takes_the_short_cut_and_is_what_the_long_way_makes_of_it(x: Any, options: Any) -> None:
     async with virtual_scheduler(slow_engine()) as scheduler:
         entrance = scheduler._entrance
-        short = entrance.come_in(x, *PLAIN, None, False, None, None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Entrance, "enter", None)
+            short = entrance.come_in(x, *options, None, False, None, None)
         assert scheduler._main.arrivals == [short]
-        long = entrance.enter(InferenceRequest(x), *PLAIN, None, False)
-        named = entrance.enter({"x": x}, *PLAIN, None, False)
+        long = entrance.enter(InferenceRequest(x), *options, None, False)
+        named = entrance.enter({"x": x}, *options, None, False)
         assert fields(short) == fields(long) == fields(named)
         short.future.cancel()
         scheduler._abandon(short)

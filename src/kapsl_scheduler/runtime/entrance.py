@@ -70,6 +70,7 @@ class Entrance:
             self._default_priority = default_priority if callable(default_priority) else Priority.of(default_priority)
         except ValueError as error:
             raise ValueError(f"default_priority: {error}, or a policy") from None
+        self._usual = self._default_priority if isinstance(self._default_priority, Priority) else None
         self._elsewhere = elsewhere
         self._fair = main.queue.policy.tenant_fairness
         self._loop: asyncio.AbstractEventLoop
@@ -130,9 +131,8 @@ class Entrance:
             and type(request) is ndarray
             and request.dtype == plain.dtype
             and (known := plain.shapes.get(request.shape)) is not None
-            and type(priority) is Priority
-            and type(timeout) is float
-            and 0.0 < timeout < INFINITE
+            and type(chosen := self._usual if priority is None else priority) is Priority
+            and (timeout is None or (type(timeout) is float and 0.0 < timeout < INFINITE))
             and session_id is None
             and overflow is None
             and block_timeout is None
@@ -144,16 +144,15 @@ class Entrance:
             # The common case, kept bare: all below comes to the same, at twice the cost.
             rows, bare, nbytes = known
             now = self._clock()
-            deadline = now + timeout
             item = Pending(
                 (request,),
                 rows,
                 plain.shape,
                 bare,
-                priority,
+                chosen,
                 now,
-                deadline,
-                deadline,
+                INFINITE if timeout is None else now + timeout,
+                now + (DEFAULT_HORIZON if timeout is None else timeout),
                 timeout,
                 nbytes,
                 self._new_future(),

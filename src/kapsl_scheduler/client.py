@@ -173,6 +173,8 @@ class Client:
             raise
         if connection.reusable:
             self._idle.append(connection)
+        else:
+            connection.close()
         if answer.status >= 400:
             raise _error(answer)
         return answer.body

@@ -73,9 +73,11 @@ async def test_a_connection_is_used_again() -> None:
     assert peer.requests[1].startswith(b"GET /2 HTTP/1.1\r\nhost: 127.0.0.1:")
 
 
-async def test_a_connection_that_the_server_will_close_is_not_used_again() -> None:
+async def test_a_connection_that_the_server_will_close_is_closed_and_not_used_again() -> None:
     async with talking_to(answer(b"{}", "200 OK", "connection: close"), answer(b"{}")) as (client, peer):
         await client.get("/")
+        async with asyncio.timeout(5.0):
+            await peer.closed.wait()  # though this server waits for the client to do it
         await client.get("/")
 
     assert peer.connections == 2

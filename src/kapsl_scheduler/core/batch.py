@@ -219,6 +219,8 @@ class Layout:
                     f"output {name!r}: expected {rows} rows on axis {axis}, got shape {list(array.shape)}"
                 )
             axes.append(axis)
+        if len(members) == 1 and not members[0].bare:
+            return (tuple(outputs.values()),)  # a lone request's answer is the whole
         if rows == len(members) and not any(axes) and None not in axes:
             bare = [member.bare for member in members]
             return zip(*[_single_rows(array, bare) for array in outputs.values()], strict=True)

@@ -54,8 +54,7 @@ class Deadlines:
 
     def add_all(self, items: Sequence[Pending]) -> None:
         """Watch for the deadlines of requests, given in the order of their arrival."""
-        timeouts = {item.timeout for item in items}
-        if len(timeouts) == 1:  # as mostly
+        if len(items) == 1 or len({item.timeout for item in items}) == 1:  # as mostly
             self._add_alike(items)
         else:
             for item in items:

@@ -40,6 +40,8 @@ MAX_BATCH: Final = 8
 DEADLINE: Final = 0.050
 GRACE: Final = 0.001
 """Seconds allowed between the queue's decision and the device's own look at the clock: stacking, the interpreter."""
+PEERS_UP_TO: Final = 2.0
+"""Times the capacity: beyond it the other batchers only collect what they will never answer."""
 LAG: Final = 0.005
 """Seconds: a case whose generator was later than that (p99) has offered less than it says."""
 PATTERNS: Final[dict[str, Callable[[float, float, np.random.Generator], Times]]] = {
@@ -94,7 +96,8 @@ def run(options: Options) -> Report:
     cases = list(itertools.product(options.patterns, options.multiples))
     trials: dict[tuple[str, float], list[_Trial]] = {case: [] for case in cases}
     peers = [name for name in options.peers if PEERS[name].recommended]
-    theirs: dict[tuple[str, float], list[_Answers]] = {case: [] for case in itertools.product(peers, options.multiples)}
+    sane = [multiple for multiple in options.multiples if multiple <= PEERS_UP_TO]
+    theirs: dict[tuple[str, float], list[_Answers]] = {case: [] for case in itertools.product(peers, sane)}
     capacities: list[float] = []
     for number in range(options.rounds):
         device = Device(PER_CALL, overshoot=overshoot)
@@ -208,23 +211,27 @@ class _Answers(msgspec.Struct):
 
 
 async def _peer_trial(options: Options, name: str, arrivals: Times, overshoot: float) -> _Answers:
-    """Another batcher over the same device. It knows of no deadlines: its callers stop waiting at theirs."""
+    """Another batcher over the same device. It knows of no deadlines: its callers stop waiting at theirs. They do not
+    cancel: a cancelled member takes the rest of its batch with it in some."""
     device = Device(PER_CALL, overshoot=overshoot)
     peer = open_peer(name, device, max_batch=MAX_BATCH, slow=True)
+    asked: set[asyncio.Future[object]] = set()
 
     async def request(_index: int, intended: float) -> str:
-        left = intended + DEADLINE - time.perf_counter()
-        try:
-            async with asyncio.timeout(left):
-                await peer.call(np.array([intended]))
-        except TimeoutError:
-            return "expired"
-        return "answered"
+        call = asyncio.ensure_future(peer.call(np.array([intended])))
+        asked.add(call)
+        await asyncio.wait({call}, timeout=max(intended + DEADLINE - time.perf_counter(), 0.0))
+        return "answered" if call.done() else "expired"
 
     result = await open_loop(request, arrivals)
-    with contextlib.suppress(TimeoutError):  # what was given up is still in its queue
-        async with asyncio.timeout(5.0):
+    # What was given up is still in its queue, and what it says about that is of no interest.
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1.0):
             await peer.close()
+    for call in asked:
+        call.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
     answered = _after(result, arrivals, options.warmup).of("answered")
     return _Answers(sum(latency <= DEADLINE for latency in answered) / options.seconds, answered)
 

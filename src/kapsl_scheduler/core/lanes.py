@@ -200,7 +200,7 @@ class ClassQueue:
         self.urged = float("-inf")  # when more urgent work last arrived: it ends the delay of what was there
         self._lanes: dict[object, Lane] = {}
         self._latest: Lane | None = None  # where the last requests were put
-        self._arrivals: deque[Pending] | None = None  # see `by_arrival`
+        self._arrivals: deque[Pending] | None = None  # see `_by_arrival`
 
     def extend(self, items: Sequence[Pending]) -> None:
         """Queue requests that belong in one lane, in the order of their arrival."""

@@ -158,7 +158,7 @@ class Settlement:
         parts: Iterable[tuple[Array, ...]] = [_NONE] if stream else dispatch.layout.split(outputs, batch)
         names = () if stream else tuple(outputs)
         started, rows, members = batch.started, batch.rows, batch.members
-        gone: list[Pending] = []
+        gone: set[int] = set()  # by identity: a search through a large batch for each member would block the loop
         for item, part in zip(members, parts, strict=True):
             item.inputs = _NONE  # whoever still holds the request need not hold them
             try:
@@ -166,11 +166,11 @@ class Settlement:
                     InferenceResponse(names, part, started - item.arrival, elapsed, rows, item.request_id)
                 )
             except asyncio.InvalidStateError:
-                gone.append(item)
+                gone.add(id(item))
         self._deadlines.answered(members)
         now = self._clock()
         if gone:
-            members = [item for item in members if item not in gone]
+            members = [item for item in members if id(item) not in gone]
             books.discarded += len(gone)
         if rows == batch.rows_by_class[batch.leader]:
             books.classes[batch.leader].add(started, now, [item.arrival for item in members])
@@ -198,9 +198,10 @@ class Settlement:
         now = self._clock()
         back = [item for item in members if may_return and item.losses < 2 and self._budget.take(now)]
         books.retried += len(back)
-        books.failed += self.fail((item for item in members if item not in back), error)
+        returns = {id(item) for item in back}
+        books.failed += self.fail((item for item in members if id(item) not in returns), error)
         for item in batch.members:
-            if item not in back:
+            if id(item) not in returns:
                 item.inputs = _NONE
         with dispatch.lock:
             dispatch.queue.give_back(back)

@@ -1,4 +1,5 @@
-"""The error tree. Every failure that a caller can see is one of these.
+"""The error trees. Every failure that a caller can see is one of these: `EngineError` for requests and models,
+`CronError` for jobs and their store.
 
 Each class carries `code` (a stable word for logs and wire formats) and `retryable` (may the same request
 succeed later, unchanged?). What is not here: the table from error to HTTP status, which belongs to the server.
@@ -12,15 +13,21 @@ from typing import ClassVar
 __all__ = [
     "Backend",
     "Cancelled",
+    "CronError",
     "DeadlineExceeded",
+    "DuplicateId",
     "EngineError",
     "InferenceError",
+    "InvalidExpression",
     "InvalidInput",
+    "InvalidJob",
     "InvalidPackage",
     "ModelLoadError",
     "ModelNotLoaded",
+    "NotFound",
     "Overloaded",
     "ResourceExhausted",
+    "StoreError",
     "Unavailable",
 ]
 
@@ -127,3 +134,74 @@ class Backend(EngineError):
     """The runtime below the engine (a driver, a device, a library) failed."""
 
     code = "backend"
+
+
+# ------------------------------------------------------------------------------------------------- cron
+
+
+class CronError(Exception):
+    """Base of what can be wrong with a job, its schedule or the store that keeps it."""
+
+    code: ClassVar[str] = "cron_error"
+    retryable: ClassVar[bool] = False
+
+
+class InvalidExpression(CronError, ValueError):
+    """The text is no cron expression.
+
+    `field` is the field at fault (`"minute"`), None where the whole text is; `token` the offending part and
+    `position` where it starts in `text`, counted in characters from 0; `hint` the likely fix, where one can be
+    guessed.
+    """
+
+    code = "invalid_expression"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        text: str,
+        field: str | None = None,
+        token: str = "",
+        position: int = 0,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message if hint is None else f"{message}; {hint}")
+        self.text = text
+        self.field = field
+        self.token = token
+        self.position = position
+        self.hint = hint
+
+
+class InvalidJob(CronError, ValueError):
+    """A job cannot be as it was asked for. `faults` has everything that is wrong, each with the field's name."""
+
+    code = "invalid_job"
+
+    def __init__(self, faults: Sequence[str], *, job: str = "") -> None:
+        self.faults = tuple(faults)
+        self.job = job
+        super().__init__(f"job {job!r}: " + "; ".join(self.faults) if job else "; ".join(self.faults))
+
+
+class DuplicateId(CronError):
+    """A job of that id is registered already."""
+
+    code = "duplicate_id"
+
+
+class NotFound(CronError, LookupError):
+    """There is no job (or no run) of that id."""
+
+    code = "not_found"
+
+
+class StoreError(CronError):
+    """The store of the jobs cannot do what was asked: it is locked, full, damaged or of a later version.
+
+    What was stored before is as it was.
+    """
+
+    code = "store_error"
+    retryable = True

@@ -160,7 +160,7 @@ class InvalidExpression(CronError, ValueError):
         self,
         message: str,
         *,
-        text: str,
+        text: str = "",
         field: str | None = None,
         token: str = "",
         position: int = 0,
@@ -179,10 +179,14 @@ class InvalidJob(CronError, ValueError):
 
     code = "invalid_job"
 
-    def __init__(self, faults: Sequence[str], *, job: str = "") -> None:
+    def __init__(self, faults: Sequence[str], job: str = "") -> None:
+        super().__init__(faults, job)
         self.faults = tuple(faults)
         self.job = job
-        super().__init__(f"job {job!r}: " + "; ".join(self.faults) if job else "; ".join(self.faults))
+
+    def __str__(self) -> str:
+        faults = "; ".join(self.faults)
+        return f"job {self.job!r}: {faults}" if self.job else faults
 
 
 class DuplicateId(CronError):

@@ -1,4 +1,4 @@
-"""The error tree: codes, what may be tried again, and instances of one's own."""
+"""The error trees: codes, what may be tried again, and instances of one's own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import pytest
 
 from kapsl_scheduler import errors
 from kapsl_scheduler.errors import (
+    CronError,
     DeadlineExceeded,
     EngineError,
     InferenceError,
+    InvalidExpression,
+    InvalidJob,
     InvalidPackage,
     ModelLoadError,
     Overloaded,
@@ -30,15 +33,25 @@ TREE = {
     "InferenceError": ("inference_error", False),
     "Backend": ("backend", False),
 }
+CRON_TREE = {
+    "CronError": ("cron_error", False),
+    "InvalidExpression": ("invalid_expression", False),
+    "InvalidJob": ("invalid_job", False),
+    "DuplicateId": ("duplicate_id", False),
+    "NotFound": ("not_found", False),
+    "StoreError": ("store_error", True),
+}
 
 
 def test_the_codes_and_what_may_be_tried_again_are_a_contract() -> None:
-    assert {name: (getattr(errors, name).code, getattr(errors, name).retryable) for name in errors.__all__} == TREE
+    assert {name: (getattr(errors, name).code, getattr(errors, name).retryable) for name in errors.__all__} == (
+        TREE | CRON_TREE
+    )
 
 
 @pytest.mark.parametrize("name", errors.__all__)
-def test_all_are_engine_errors(name: str) -> None:
-    assert issubclass(getattr(errors, name), EngineError)
+def test_each_belongs_to_its_tree(name: str) -> None:
+    assert issubclass(getattr(errors, name), CronError if name in CRON_TREE else EngineError)
 
 
 def test_a_deadline_is_a_timeout_to_those_who_know_only_that() -> None:
@@ -86,7 +99,17 @@ def test_a_package_names_every_fault() -> None:
     assert str(error) == "package: a: missing; b: wrong"
 
 
-@pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "InvalidPackage"])
+def test_an_expression_is_wrong_in_one_place_and_a_job_in_many() -> None:
+    wrong = InvalidExpression("minute: expected 0-59", text="0 60", field="minute", token="60", position=2, hint="x")
+    job = InvalidJob(["timeout: must be above 0", "spread: must be 0 or more"], "nightly")
+    assert str(wrong) == "minute: expected 0-59; x"
+    assert str(job) == "job 'nightly': timeout: must be above 0; spread: must be 0 or more"
+    for error in (wrong, job):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+@pytest.mark.parametrize("name", [name for name in TREE if name != "InvalidPackage"])
 def test_errors_cross_process_boundaries(name: str) -> None:
     error = getattr(errors, name)("what happened", retry_after=3.0)
     copy = pickle.loads(pickle.dumps(error))

@@ -89,10 +89,12 @@ class InvalidPackage(ModelLoadError):
 
 
 class Overloaded(EngineError):
-    """There was no room for the request, or it had to make room for a more urgent one."""
+    """There was no room for the request, or it had to make room for a more urgent one: then it is `evicted`, having
+    been in the queue for a while."""
 
     code = "overloaded"
     retryable = True
+    evicted: bool = False
 
 
 class DeadlineExceeded(EngineError, TimeoutError):

@@ -5,13 +5,34 @@ No behaviour lives here. Each port has a contract suite in `tests/contract`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
+
 from kapsl_scheduler.core.queue import QueueOverflowPolicy
+from kapsl_scheduler.core.runs import Change, Firing, JobRecord, Run, RunState
 from kapsl_scheduler.types import EngineMetrics, InferenceResponse, ModelInfo, Priority, Tensors
 
-__all__ = ["AsyncEngine", "Clock", "Engine", "Observer", "ReplicaScheduler"]
+__all__ = [
+    "AsyncEngine",
+    "Clock",
+    "Committed",
+    "CronTarget",
+    "Engine",
+    "Exists",
+    "JobStore",
+    "Observer",
+    "ReplicaScheduler",
+    "Result",
+    "RunQuery",
+    "Sink",
+    "SinkItem",
+    "SinkWriter",
+    "Source",
+    "SourceItem",
+    "Stale",
+]
 
 
 @runtime_checkable
@@ -119,3 +140,167 @@ class ReplicaScheduler(Protocol):
     def get_queue_depth(self) -> tuple[int, int]: ...
     def model_info(self) -> ModelInfo: ...
     async def close(self, drain: float = ...) -> None: ...
+
+
+# --------------------------------------------------------------------------------------------- cron: target
+
+
+class CronTarget(Protocol):
+    """What jobs fire into: a `Scheduler`, a `ReplicaPool`, a named model of a server."""
+
+    async def infer(
+        self,
+        request: Any,
+        *,
+        priority: Priority | None = None,
+        timeout: float | None = None,
+        force_cpu: bool = False,
+        overflow: QueueOverflowPolicy | None = None,
+        block_timeout: float | None = None,
+    ) -> InferenceResponse: ...
+
+
+# ---------------------------------------------------------------------------------------------- cron: store
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """The change was written. `version` is the job's now; 0 where the job was left as it is, or removed.
+    `numbers` are those that the created runs were given."""
+
+    version: int
+    numbers: tuple[int, ...] = ()
+
+
+class Stale(msgspec.Struct, frozen=True):
+    """Nothing of the change was written: the job has another version (or an updated run is not open any more, or
+    another's). `record` is what the job is now, None if it is gone."""
+
+    record: JobRecord | None
+
+
+class Exists(msgspec.Struct, frozen=True):
+    """Nothing of the change was written: `run` is there already, which it was to create."""
+
+    run: Run
+
+
+Result = Committed | Stale | Exists
+
+
+class RunQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Which runs: of one job (None: of all), in these states (empty: any), of this origin, of this owner, with numbers
+    below `before` and above `after`. At most `limit`, by number: the newest first, or the oldest."""
+
+    job: str | None = None
+    states: tuple[RunState, ...] = ()
+    origin: str | None = None
+    owner: str | None = None
+    before: int | None = None
+    after: int | None = None
+    oldest_first: bool = False
+    limit: int = 100
+
+
+class JobStore(Protocol):
+    """Keeps jobs, their runs and what their sources remember. One suite tests every adapter: `tests/contract`.
+
+    A batch of changes is written in one transaction. Every call may raise `StoreError`; then nothing of it was
+    written. A call that is cancelled may be carried out nevertheless. Several processes may use one store.
+    """
+
+    async def open(self) -> None:
+        """Make ready, creating or migrating what is stored. Raises `StoreError` where that cannot be."""
+
+    async def close(self) -> None:
+        """Write what is under way and let go of all files and threads. Closing twice does nothing."""
+
+    async def jobs(self, ids: Sequence[str] | None = None) -> list[JobRecord]:
+        """All jobs, or those of these ids that are there, by id."""
+
+    async def versions(self) -> dict[str, int]:
+        """The version of every job: a cheap look at what others have changed."""
+
+    async def commit(self, changes: Sequence[Change]) -> list[Result]:
+        """Write each change or leave all of it out; a result for each, in order. Later changes see earlier ones."""
+
+    async def runs(self, query: RunQuery) -> list[Run]: ...
+
+    async def run(self, job: str, nominal: int, origin: str) -> Run | None: ...
+
+    async def numbered(self, number: int) -> Run | None:
+        """The run that was given this number."""
+
+    async def memory(self, job: str) -> dict[str, str]:
+        """What the job's source and sink have remembered."""
+
+    async def beat(self, owner: str) -> None:
+        """Say that this process lives."""
+
+    async def beats(self) -> dict[str, int]:
+        """How often each process has said so: a figure that stands still is a process that does not live."""
+
+    async def forget(self, owner: str) -> None:
+        """This process has ended, and nothing of it is open."""
+
+    async def prune(self, *, keep: int, before: int) -> int:
+        """Delete ended runs: those beyond the newest `keep` of their job, and those that ended before `before`
+        (microseconds since 1970). Returns how many."""
+
+    async def compact(self) -> None:
+        """Give back to the system what deletions have freed."""
+
+
+# ------------------------------------------------------------------------------------- cron: sources, sinks
+
+
+class SourceItem(msgspec.Struct, frozen=True):
+    """One request of a source. `key` says where it came from, for people. `marks` are what the source wants remembered
+    once this item and all before it are delivered (None: forget that key)."""
+
+    request: Any
+    key: str
+    marks: Mapping[str, str | None] = {}
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a firing's requests come from. Its settings are its fields (a `msgspec.Struct` with a tag), so that a job
+    can be stored; it holds nothing else.
+
+    `items` runs in a thread of its own and may block. `memory` is what was remembered of earlier items, also over
+    restarts: an interrupted run goes on behind them. Closing the iterator frees what it holds.
+    """
+
+    def items(self, firing: Firing, memory: Mapping[str, str]) -> Iterator[SourceItem]: ...
+
+
+class SinkItem(msgspec.Struct, frozen=True):
+    """What became of one request: its answer, or its error. `key` is the source's, else its number in the firing."""
+
+    key: str
+    response: InferenceResponse | None
+    error: Exception | None = None
+
+
+class SinkWriter(Protocol):
+    """The results of one attempt of a run, in the order of its requests. All calls run in a thread, one at a time."""
+
+    def write(self, items: Sequence[SinkItem]) -> None: ...
+
+    def flush(self) -> Mapping[str, str | None]:
+        """All that was written is where it belongs, for good. Returns what the sink wants remembered with it."""
+
+    def close(self) -> None:
+        """After the last `flush`, or after a failure: let go of files and connections. What was written since the last
+        `flush` may be lost, but nothing that was flushed."""
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where a firing's answers go. Its settings are its fields, as with a source.
+
+    `memory` is what its writers have remembered: an attempt that resumes an interrupted one (`firing.attempt` above 1)
+    goes on behind the last flush, so that nothing is there twice.
+    """
+
+    def open(self, firing: Firing, memory: Mapping[str, str]) -> SinkWriter: ...

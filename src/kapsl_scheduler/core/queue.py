@@ -289,7 +289,9 @@ class RequestQueue:
 
     def evicted(self) -> Overloaded:
         """The error for a request that was evicted."""
-        return self._overloaded("evicted for a more urgent or newer request")
+        error = self._overloaded("evicted for a more urgent or newer request")
+        error.evicted = True
+        return error
 
     # -------------------------------------------------------------------------------------------- remove
 

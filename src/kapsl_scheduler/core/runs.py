@@ -1,0 +1,220 @@
+"""What has become of a job's firings: the record of one run, and a job's books.
+
+Values only, and the one function that keeps the books. Which runs there are is decided in `core.firing`; who keeps the
+records is a store's business. All times are integer microseconds since 1970 UTC.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+__all__ = ["SCHEDULE", "Backfill", "Change", "Firing", "JobRecord", "JobState", "LastRun", "Run", "RunState", "booked"]
+
+SCHEDULE: Final = "schedule"
+"""The origin of runs that the schedule asked for; other origins are ids of a trigger or a backfill."""
+
+
+class RunState(enum.Enum):
+    """Where a run stands. `PENDING` waits for an earlier run; the first two are open, the others how a run ended."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    MISSED = "missed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def open(self) -> bool:
+        return self in _OPEN
+
+
+_OPEN: Final = frozenset((RunState.PENDING, RunState.RUNNING))
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One due run: (job, nominal, origin) names it for ever.
+
+    `count` occurrences from `first` to `nominal` share one record where none of them ran (missed after a stall); else
+    it is 1 and both are the same. `due` is when it was to start (the nominal time, plus the job's part of `spread`).
+    `reason` is a word for why it ended so (overlap, busy, condition, late, coalesced, timeout, ...), `error` the text.
+    `attempt` counts from 1. `owner` is the process that runs it, `limit` the most runs of its backfill at a time.
+    `detached` runs outlive their job and are in nobody's books. `number` is the store's, rising as runs are created.
+
+    `requests`, `failed_requests`, `rows`, `input_bytes` and `output_bytes` are what it has done so far.
+    `callback_error` is what `on_result` raised.
+    """
+
+    job: str
+    nominal: int
+    origin: str = SCHEDULE
+    state: RunState
+    first: int
+    due: int
+    count: int = 1
+    reason: str = ""
+    error: str = ""
+    attempt: int = 1
+    started: int | None = None
+    ended: int | None = None
+    owner: str = ""
+    limit: int = 0
+    detached: bool = False
+    requests: int = 0
+    failed_requests: int = 0
+    rows: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
+    callback_error: str = ""
+    number: int = 0
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.job, self.nominal, self.origin
+
+
+class LastRun(msgspec.Struct, frozen=True):
+    """How a job's last run ended, as far as listings show it."""
+
+    nominal: int
+    outcome: RunState
+    ended: int
+    started: int | None = None
+    reason: str = ""
+
+
+class Backfill(msgspec.Struct, frozen=True):
+    """The open runs of one backfill, of which `limit` may run at a time."""
+
+    limit: int
+    running: int = 0
+    waiting: int = 0
+
+
+class JobState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A job's books and its place on its schedule.
+
+    Every occurrence up to `cursor` has been decided. `anchor` is the phase of intervals. `paused` is why it is paused,
+    empty if it is not. `due` counts the runs that were ever due, of whatever origin; each is in one of the outcomes or
+    open. `running` and `waiting` are the open ones outside backfills. `fired` counts dispatched runs, `scheduled` those
+    that the schedule made. `failures` counts the failed ones in a row.
+    """
+
+    anchor: int
+    cursor: int
+    paused: str = ""
+    due: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    skipped: int = 0
+    missed: int = 0
+    cancelled: int = 0
+    interrupted: int = 0
+    running: int = 0
+    waiting: int = 0
+    backfills: dict[str, Backfill] = {}
+    fired: int = 0
+    scheduled: int = 0
+    failures: int = 0
+    last: LastRun | None = None
+
+    @property
+    def pending(self) -> int:
+        """Due runs that have not ended."""
+        return self.running + self.waiting + sum(b.running + b.waiting for b in self.backfills.values())
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every run that was due is accounted for once."""
+        ended = self.succeeded + self.failed + self.skipped + self.missed + self.cancelled + self.interrupted
+        return self.due == ended + self.pending
+
+
+class Firing(msgspec.Struct, frozen=True):
+    """What a job's callables, sources and sinks are told of a run. `nominal` is the time on the schedule."""
+
+    job: str
+    nominal: dt.datetime
+    origin: str
+    attempt: int
+
+
+class JobRecord(msgspec.Struct, frozen=True):
+    """A job as a store keeps it: its definition as text (`core.definition`), its books, and the version of both, which
+    rises with every change and is never used twice."""
+
+    id: str
+    definition: bytes
+    state: JobState
+    version: int
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be written about one job, all or nothing.
+
+    `expected` is the version of the job that the decision was made on: 0 where it was not there, None to leave the job
+    as it is whatever it has become. `state` and `definition` replace the job's (both together create it), `remove`
+    takes it away with its memory. `created` are new runs; `updated` replace open runs of the same key that have the
+    same owner as theirs or as `taken_from`. `memory` sets what the job's source and sink remember, None to forget it.
+    """
+
+    job: str
+    expected: int | None
+    state: JobState | None = None
+    definition: bytes | None = None
+    remove: bool = False
+    created: tuple[Run, ...] = ()
+    updated: tuple[Run, ...] = ()
+    taken_from: str | None = None
+    memory: Mapping[str, str | None] = {}
+
+
+def booked(state: JobState, before: Run | None, after: Run, **changes: Any) -> JobState:
+    """The books after a run came to be (`before` is None) or went from one state to another, with `changes` of other
+    fields."""
+    if before is None:
+        changes["due"] = state.due + after.count
+    elif before.state is after.state:
+        return msgspec.structs.replace(state, **changes) if changes else state
+    else:
+        _tally(state, changes, before, -1)
+    _tally(state, changes, after, 1)
+    now = after.state
+    if now is RunState.RUNNING:
+        changes["fired"] = state.fired + 1
+    if before is None and after.origin == SCHEDULE and now in _OPEN:
+        changes["scheduled"] = changes.get("scheduled", state.scheduled) + 1
+    if now not in _OPEN:
+        if now is RunState.FAILED:
+            changes["failures"] = state.failures + 1
+        elif now is RunState.SUCCEEDED:
+            changes["failures"] = 0
+        changes["last"] = LastRun(after.nominal, now, after.ended or after.due, after.started, after.reason)
+    return msgspec.structs.replace(state, **changes)
+
+
+def _tally(state: JobState, changes: dict[str, Any], run: Run, by: int) -> None:
+    """Count a run in or out of the field that its state belongs to."""
+    if run.state not in _OPEN:
+        field = run.state.value
+        changes[field] = changes.get(field, getattr(state, field)) + by * run.count
+        return
+    field = "running" if run.state is RunState.RUNNING else "waiting"
+    if not run.limit:
+        changes[field] = changes.get(field, getattr(state, field)) + by
+        return
+    backfills = dict(changes.get("backfills", state.backfills))
+    backfill = backfills.get(run.origin) or Backfill(run.limit)
+    backfill = msgspec.structs.replace(backfill, **{field: getattr(backfill, field) + by})
+    if backfill.running or backfill.waiting:
+        backfills[run.origin] = backfill
+    else:
+        del backfills[run.origin]
+    changes["backfills"] = backfills

@@ -32,6 +32,7 @@ __all__ = [
     "Source",
     "SourceItem",
     "Stale",
+    "is_source",
 ]
 
 
@@ -189,7 +190,8 @@ Result = Committed | Stale | Exists
 
 class RunQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Which runs: of one job (None: of all), in these states (empty: any), of this origin, of this owner, with numbers
-    below `before` and above `after`. At most `limit`, by number: the newest first, or the oldest."""
+    below `before` and above `after`; with `outside_backfills`, only those of the schedule and of triggers (`limit` 0).
+    At most `limit`, by number: the newest first, or the oldest."""
 
     job: str | None = None
     states: tuple[RunState, ...] = ()
@@ -198,6 +200,7 @@ class RunQuery(msgspec.Struct, frozen=True, kw_only=True):
     before: int | None = None
     after: int | None = None
     oldest_first: bool = False
+    outside_backfills: bool = False
     limit: int = 100
 
 
@@ -206,7 +209,11 @@ class JobStore(Protocol):
 
     A batch of changes is written in one transaction. Every call may raise `StoreError`; then nothing of it was
     written. A call that is cancelled may be carried out nevertheless. Several processes may use one store.
+
+    `instant` stores live in memory: their coroutines never suspend, and nobody else can change what they hold.
     """
+
+    instant: bool
 
     async def open(self) -> None:
         """Make ready, creating or migrating what is stored. Raises `StoreError` where that cannot be."""
@@ -274,6 +281,11 @@ class Source(Protocol):
     def items(self, firing: Firing, memory: Mapping[str, str]) -> Iterator[SourceItem]: ...
 
 
+def is_source(value: Any) -> bool:
+    """Whether a job's request is a source: a mapping of inputs has `items` too."""
+    return isinstance(value, Source) and not isinstance(value, Mapping)
+
+
 class SinkItem(msgspec.Struct, frozen=True):
     """What became of one request: its answer, or its error. `key` is the source's, else its number in the firing."""
 
@@ -282,6 +294,7 @@ class SinkItem(msgspec.Struct, frozen=True):
     error: Exception | None = None
 
 
+@runtime_checkable
 class SinkWriter(Protocol):
     """The results of one attempt of a run, in the order of its requests. All calls run in a thread, one at a time."""
 

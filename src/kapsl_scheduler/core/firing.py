@@ -36,6 +36,15 @@ class Timetable:
         self._exclude = _merged(policy.exclude) if policy.exclude else ()
         self.delay = _delay(job, policy.spread) if policy.spread else 0
 
+    @classmethod
+    def of(cls, job: CronJob, anchor: int) -> Timetable:
+        """A checked job's; an interval without an anchor of its own gets this one."""
+        schedule = job.schedule
+        if isinstance(schedule, Interval):
+            schedule = schedule.anchored(anchor)
+        assert isinstance(schedule, CronExpression | Interval)
+        return cls(job.id, schedule, job.firing)
+
     def next(self, after: int) -> int | None:
         """The first occurrence strictly after a moment."""
         if self._low is not None:

@@ -178,6 +178,7 @@ class CronJob(msgspec.Struct, frozen=True, eq=False):
     sink: Any = None
     force_cpu: bool = False
     model: str | None = None
+    package: str | None = None
     tz: str | dt.tzinfo = "UTC"
     firing: FiringPolicy = _DEFAULT_FIRING
     run: RunPolicy = _DEFAULT_RUN

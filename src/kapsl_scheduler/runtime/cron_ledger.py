@@ -1,0 +1,346 @@
+"""The one writer of a CronScheduler's jobs and runs: decisions in, transactions out.
+
+Whoever wants something changed hands in an `Intent`. Intents are decided one after another on the jobs as this process
+knows them, and what they decided in one round is one batch for the store. Where the store says that another process was
+faster, the job is read again and the intent decides anew, so that it may be asked more than once and must not act
+before it hears `done`. What is not here: what is decided (`core.firing`, `runtime.cron_intents`), running anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from kapsl_scheduler.core.firing import Timetable
+from kapsl_scheduler.core.jobs import CronJob
+from kapsl_scheduler.core.runs import Change, JobRecord, JobState, Run
+from kapsl_scheduler.errors import CronError, StoreError
+from kapsl_scheduler.ports import Committed, Exists, JobStore, Stale
+
+__all__ = ["Draft", "Entry", "Intent", "Ledger"]
+
+logger = logging.getLogger(__name__)
+
+RETRY_FIRST: Final = 0.2
+RETRY_MOST: Final = 10.0
+"""Seconds between attempts to write, from the first to the longest wait, while the store fails."""
+
+
+class Entry:
+    """A job as this process knows it: what the store had when last asked, and what it needs to fire."""
+
+    __slots__ = ("definition", "due", "id", "job", "next", "place", "state", "timetable", "unbound", "version")
+
+    def __init__(self, record: JobRecord) -> None:
+        self.id = record.id
+        self.definition = record.definition
+        self.state = record.state
+        self.version = record.version
+        self.job: CronJob | None = None  # None: the definition cannot be understood here
+        self.timetable: Timetable | None = None
+        self.unbound: str | None = "not read yet"  # why it cannot fire here, None if it can
+        self.next: int | None = None
+        self.due: int | None = None
+        self.place = 0  # of its entry on the timer's heap; an older one is void
+
+
+class Draft:
+    """What the intents of one round want of one job; `state` is None where there is no such job."""
+
+    __slots__ = ("created", "definition", "entry", "expected", "job", "memory", "remove", "state", "taken_from", "updated")
+
+    def __init__(self, job: str, entry: Entry | None) -> None:
+        self.job = job
+        self.entry = entry
+        self.expected: int | None = 0 if entry is None else entry.version
+        self.state = None if entry is None else entry.state
+        self.definition: bytes | None = None
+        self.remove = False
+        self.created: list[Run] = []
+        self.updated: list[Run] = []
+        self.taken_from: str | None = None
+        self.memory: Mapping[str, str | None] = {}
+
+    def change(self) -> Change | None:
+        """None where nothing is to be written."""
+        before = None if self.entry is None else self.entry.state
+        state = self.state if self.state is not before or self.definition is not None else None
+        if state is None and not (self.remove or self.created or self.updated or self.memory):
+            return None
+        return Change(
+            job=self.job,
+            expected=self.expected,
+            state=state,
+            definition=self.definition,
+            remove=self.remove,
+            created=tuple(self.created),
+            updated=tuple(self.updated),
+            taken_from=self.taken_from,
+            memory=self.memory,
+        )
+
+
+class Intent:
+    """Something that is to be decided and written about one job.
+
+    `alone` intents share no transaction part with others of their job. `lasting` intents are kept and tried again while
+    the store fails; others fail with it.
+    """
+
+    __slots__ = ("future", "job")
+
+    alone = False
+    lasting = False
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+        self.future: asyncio.Future[Any] | None = None
+
+    def decide(self, draft: Draft) -> None:
+        """Put into the draft what is to be written. Raises `CronError` for what cannot be, having put in nothing."""
+        raise NotImplementedError
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> Any:
+        """It is written: `entry` is the job now, `numbers` are those of all runs that the draft created. Returns what
+        whoever waits is to hear."""
+
+    def refused(self) -> Any:
+        """A run of which it wanted to write the end has ended already, or is another's: nothing was written."""
+
+    def exists(self, run: Run) -> Any:
+        """A run that it wanted to create is there: nothing was written."""
+
+
+class Ledger:
+    """Serialises intents into rounds. `entries` are the jobs. `changed(entry)` is called whenever a job is not what it
+    was: read or written; `gone(entry)` when it is no more."""
+
+    def __init__(
+        self, store: JobStore, *, changed: Callable[[Entry], None], gone: Callable[[Entry], None]
+    ) -> None:
+        self.store = store
+        self.entries: dict[str, Entry] = {}
+        self.failing: StoreError | None = None
+        self._changed = changed
+        self._gone = gone
+        self._queue: deque[Intent] = deque()
+        self._apart: set[str] = set()  # jobs of which only one intent goes into a round
+        self._writing = False
+        self._work = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = False
+
+    # ---------------------------------------------------------------------------------------- handing in
+
+    async def do(self, intent: Intent) -> Any:
+        """Have it decided and written. Returns what it says; raises what it raises, and `StoreError`.
+
+        Cancelling the await leaves it in: it may be written nevertheless.
+        """
+        future = intent.future = asyncio.get_running_loop().create_future()
+        self.post(intent)
+        await self.flush()
+        return await future
+
+    async def flush(self) -> None:
+        """Write what was handed in here and now, if that takes no wait; else `serve` will."""
+        if self.store.instant and not self._writing:
+            await self._write_all()  # it does not suspend: no other task sees it half done
+
+    def post(self, intent: Intent) -> None:
+        """Hand it in and go on."""
+        self._queue.append(intent)
+        self._idle.clear()
+        self._work.set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to write."""
+        return self._idle.is_set()
+
+    async def settled(self) -> None:
+        """Wait until everything that was handed in is written."""
+        await self._idle.wait()
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    async def serve(self) -> None:
+        """Write what is handed in, until cancelled."""
+        while True:
+            await self._work.wait()
+            await self._write_all()
+
+    async def _write_all(self) -> None:
+        if self._writing:
+            return
+        self._writing = True
+        wait = RETRY_FIRST
+        try:
+            while self._queue:
+                try:
+                    await self._round()
+                except StoreError as error:
+                    if self.failing is None:
+                        logger.error("the store of the cron jobs fails, it is tried again: %s", error)
+                    self.failing = error
+                    if not self._queue:
+                        break
+                    await asyncio.sleep(wait)
+                    wait = min(wait * 2, RETRY_MOST)
+                else:
+                    if self.failing is not None:
+                        logger.warning("the store of the cron jobs works again")
+                    self.failing, wait = None, RETRY_FIRST
+        finally:
+            self._writing = False
+            self._work.clear()
+            if self._queue:
+                self._work.set()
+            else:
+                self._idle.set()
+
+    async def _round(self) -> None:
+        drafts, later = self._decided()
+        changes: list[tuple[Draft, list[Intent], Change]] = []
+        for draft, intents in drafts:
+            if (change := draft.change()) is not None:
+                changes.append((draft, intents, change))
+                continue
+            for intent in intents:
+                _answer(intent, draft.entry, ())
+        try:
+            results = await self.store.commit([change for _, _, change in changes]) if changes else []
+        except StoreError as error:
+            for _, intents, _ in changes:
+                for intent in intents:
+                    if intent.lasting:
+                        later.append(intent)
+                    elif intent.future is not None and not intent.future.done():
+                        intent.future.set_exception(error)
+            self._queue.extendleft(reversed(later))
+            raise
+        for (draft, intents, _), result in zip(changes, results, strict=True):
+            if isinstance(result, Committed):
+                self._committed(draft, intents, result)
+            else:
+                later.extend(self._again(draft, intents, result))
+        self._queue.extendleft(reversed(later))
+
+    def _decided(self) -> tuple[list[tuple[Draft, list[Intent]]], list[Intent]]:
+        """Ask the intents of the queue: of each job those that can go together. Returns the rest beside."""
+        groups: dict[str, list[Intent]] = {}
+        for intent in self._queue:
+            groups.setdefault(intent.job, []).append(intent)
+        self._queue.clear()
+        drafts: list[tuple[Draft, list[Intent]]] = []
+        later: list[Intent] = []
+        for job, group in groups.items():
+            draft = Draft(job, self.entries.get(job))
+            decided: list[Intent] = []
+            for index, intent in enumerate(group):
+                if decided and (intent.alone or decided[-1].alone or job in self._apart):
+                    later.extend(group[index:])
+                    break
+                try:
+                    intent.decide(draft)
+                except CronError as error:
+                    if intent.future is not None and not intent.future.done():
+                        intent.future.set_exception(error)
+                else:
+                    decided.append(intent)
+            if decided:
+                drafts.append((draft, decided))
+        return drafts, later
+
+    def _committed(self, draft: Draft, intents: Sequence[Intent], result: Committed) -> None:
+        self._apart.discard(draft.job)
+        entry = draft.entry
+        if draft.remove:
+            if entry is not None and self.entries.pop(draft.job, None) is not None:
+                self._gone(entry)
+            entry = None
+        elif draft.state is not None and result.version:
+            if entry is None:
+                assert draft.definition is not None
+                entry = Entry(JobRecord(draft.job, draft.definition, draft.state, result.version))
+                self.entries[draft.job] = entry
+            entry.state, entry.version = draft.state, result.version
+            if draft.definition is not None:
+                entry.definition = draft.definition
+        for intent in intents:
+            _answer(intent, entry, result.numbers)
+
+    def _again(self, draft: Draft, intents: list[Intent], result: Stale | Exists) -> Iterable[Intent]:
+        """Nothing of the draft was written. What is to be decided again; the rest has been told."""
+        if len(intents) > 1:
+            self._apart.add(draft.job)  # find out which of them it was
+            if isinstance(result, Stale):
+                self.refresh(draft.job, result.record)
+            return intents
+        (intent,) = intents
+        self._apart.discard(draft.job)
+        if isinstance(result, Exists):
+            _tell(intent, intent.exists, result.run)
+            return ()
+        known = draft.expected
+        record = result.record
+        if known is None or (record is not None and record.version == known):
+            _tell(intent, intent.refused)
+            return ()
+        self.refresh(draft.job, record)
+        return intents
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    def refresh(self, job: str, record: JobRecord | None) -> None:
+        """Take over what the store says of a job."""
+        entry = self.entries.get(job)
+        if record is None:
+            if entry is not None:
+                del self.entries[job]
+                self._gone(entry)
+            return
+        if entry is None:
+            entry = self.entries[job] = Entry(record)
+        elif entry.version == record.version:
+            return
+        else:
+            if entry.definition != record.definition:
+                entry.definition, entry.timetable = record.definition, None
+            entry.state, entry.version = record.state, record.version
+        self._changed(entry)
+
+    async def read_changes(self) -> None:
+        """Take over what other processes have changed. Raises `StoreError`."""
+        versions = await self.store.versions()
+        different = [
+            job for job, version in versions.items() if (entry := self.entries.get(job)) is None or entry.version != version
+        ]
+        records = {record.id: record for record in await self.store.jobs(different)} if different else {}
+        for job in [job for job in self.entries if job not in versions]:
+            different.append(job)
+        if self._writing or self._queue:
+            return  # what is being written meanwhile is newer; the next look will do
+        for job in different:
+            self.refresh(job, records.get(job))
+
+
+def _answer(intent: Intent, entry: Entry | None, numbers: Sequence[int]) -> None:
+    _tell(intent, intent.done, entry, numbers)
+
+
+def _tell(intent: Intent, method: Callable[..., Any], *words: Any) -> None:
+    """Tell the intent, and whoever waits for it what it says."""
+    try:
+        answer = method(*words)
+    except Exception as error:  # the others of the round are to hear theirs
+        logger.exception("job %r: what was written was not acted on", intent.job)
+        if intent.future is not None and not intent.future.done():
+            intent.future.set_exception(error)
+        return
+    if intent.future is not None and not intent.future.done():
+        intent.future.set_result(answer)

@@ -189,7 +189,8 @@ Result = Committed | Stale | Exists
 
 class RunQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Which runs: of one job (None: of all), in these states (empty: any), of this origin, of this owner, with numbers
-    below `before` and above `after`. At most `limit`, by number: the newest first, or the oldest."""
+    below `before` and above `after`; with `outside_backfills`, only those of the schedule and of triggers (`limit` 0).
+    At most `limit`, by number: the newest first, or the oldest."""
 
     job: str | None = None
     states: tuple[RunState, ...] = ()
@@ -198,6 +199,7 @@ class RunQuery(msgspec.Struct, frozen=True, kw_only=True):
     before: int | None = None
     after: int | None = None
     oldest_first: bool = False
+    outside_backfills: bool = False
     limit: int = 100
 
 
@@ -206,13 +208,19 @@ class JobStore(Protocol):
 
     A batch of changes is written in one transaction. Every call may raise `StoreError`; then nothing of it was
     written. A call that is cancelled may be carried out nevertheless. Several processes may use one store.
+
+    `instant` stores live in memory: their coroutines never suspend, and nobody else can change what they hold.
     """
 
+    instant: bool
+
     async def open(self) -> None:
-        """Make ready, creating or migrating what is stored. Raises `StoreError` where that cannot be."""
+        """Make ready, creating or migrating what is stored. Raises `StoreError` where that cannot be. Opening twice
+        does nothing, and a closed store can be opened again, with what it held."""
 
     async def close(self) -> None:
-        """Write what is under way and let go of all files and threads. Closing twice does nothing."""
+        """Write what is under way and let go of all files and threads: until it is opened again, every other call
+        raises `StoreError`. Closing twice does nothing."""
 
     async def jobs(self, ids: Sequence[str] | None = None) -> list[JobRecord]:
         """All jobs, or those of these ids that are there, by id."""
@@ -243,8 +251,11 @@ class JobStore(Protocol):
         """This process has ended, and nothing of it is open."""
 
     async def prune(self, *, keep: int, before: int) -> int:
-        """Delete ended runs: those beyond the newest `keep` of their job, and those that ended before `before`
-        (microseconds since 1970). Returns how many."""
+        """Delete ended runs: those beyond the newest `keep` ended ones of their job, and those that ended (or were due,
+        where no end is recorded) before `before`, in microseconds since 1970. Returns how many.
+
+        A large store does it piece by piece, so that others can write meanwhile: after an error or a cancellation
+        some may be gone."""
 
     async def compact(self) -> None:
         """Give back to the system what deletions have freed."""

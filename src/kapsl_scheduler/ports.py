@@ -216,10 +216,12 @@ class JobStore(Protocol):
     instant: bool
 
     async def open(self) -> None:
-        """Make ready, creating or migrating what is stored. Raises `StoreError` where that cannot be."""
+        """Make ready, creating or migrating what is stored. Raises `StoreError` where that cannot be. Opening twice
+        does nothing, and a closed store can be opened again, with what it held."""
 
     async def close(self) -> None:
-        """Write what is under way and let go of all files and threads. Closing twice does nothing."""
+        """Write what is under way and let go of all files and threads: until it is opened again, every other call
+        raises `StoreError`. Closing twice does nothing."""
 
     async def jobs(self, ids: Sequence[str] | None = None) -> list[JobRecord]:
         """All jobs, or those of these ids that are there, by id."""
@@ -250,8 +252,11 @@ class JobStore(Protocol):
         """This process has ended, and nothing of it is open."""
 
     async def prune(self, *, keep: int, before: int) -> int:
-        """Delete ended runs: those beyond the newest `keep` of their job, and those that ended before `before`
-        (microseconds since 1970). Returns how many."""
+        """Delete ended runs: those beyond the newest `keep` ended ones of their job, and those that ended (or were due,
+        where no end is recorded) before `before`, in microseconds since 1970. Returns how many.
+
+        A large store does it piece by piece, so that others can write meanwhile: after an error or a cancellation
+        some may be gone."""
 
     async def compact(self) -> None:
         """Give back to the system what deletions have freed."""

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
-__all__ = ["SCHEDULE", "Backfill", "Change", "Firing", "JobRecord", "JobState", "LastRun", "Run", "RunState", "booked"]
+__all__ = [
+    "SCHEDULE",
+    "Backfill",
+    "Change",
+    "Firing",
+    "JobRecord",
+    "JobState",
+    "LastRun",
+    "Run",
+    "RunState",
+    "booked",
+    "repeated",
+]
 
 SCHEDULE: Final = "schedule"
 """The origin of runs that the schedule asked for; other origins are ids of a trigger or a backfill."""
@@ -161,8 +173,15 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     `expected` is the version of the job that the decision was made on: 0 where it was not there, None to leave the job
     as it is whatever it has become. `state` and `definition` replace the job's (both together create it), `remove`
-    takes it away with its memory. `created` are new runs; `updated` replace open runs of the same key that have the
-    same owner as theirs or as `taken_from`. `memory` sets what the job's source and sink remember, None to forget it.
+    takes it away with its memory, whatever else is said of it; its runs stay. `created` are new runs; `updated` replace
+    open runs of the same key that have the same owner as theirs or as `taken_from` (`""` for runs that nobody has
+    begun), and keep their number. `memory` sets what the job's source and sink remember, None to forget it; where there
+    is no job there is nobody to remember it, and it is dropped.
+
+    What stands in its way is looked for in this order: the version, `created`, `updated`. A run that is named twice in
+    one change stands in its own way.
+
+    Raises `ValueError` for a new job without state or definition, and for either of them without `expected`.
     """
 
     job: str
@@ -174,6 +193,22 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     updated: tuple[Run, ...] = ()
     taken_from: str | None = None
     memory: Mapping[str, str | None] = {}
+
+    def __post_init__(self) -> None:
+        if self.expected == 0 and (self.state is None) != (self.definition is None) and not self.remove:
+            raise ValueError(f"job {self.job!r}: a new job takes a state and a definition, one of them is missing")
+        if self.expected is None and (self.remove or self.state is not None or self.definition is not None):
+            raise ValueError(f"job {self.job!r}: whoever changes a job says which version of it: `expected` is missing")
+
+
+def repeated(runs: Sequence[Run]) -> Run | None:
+    """The first of these runs whose key is that of one before it."""
+    seen: set[tuple[str, int, str]] = set()
+    for run in runs:
+        if run.key in seen:
+            return run
+        seen.add(run.key)
+    return None
 
 
 def booked(state: JobState, before: Run | None, after: Run, **changes: Any) -> JobState:

@@ -1,0 +1,287 @@
+"""Jobs and runs in the memory of this process: nothing survives it, and nothing is ever waited for.
+
+What is not here: what is due and what a run does to the books (`core.firing`, `core.runs`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Sequence
+from itertools import islice
+
+import msgspec
+
+from kapsl_scheduler.core.runs import Change, JobRecord, Run, repeated
+from kapsl_scheduler.errors import StoreError
+from kapsl_scheduler.ports import Committed, Exists, Result, RunQuery, Stale
+
+__all__ = ["MemoryStore"]
+
+_SLACK = 64
+"""Numbers of deleted runs that a list may hold beyond as many as there are runs."""
+
+
+class _History:
+    """The numbers of one job's runs, rising, and how many of them are open."""
+
+    __slots__ = ("numbers", "open")
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.open = 0
+
+
+class MemoryStore:
+    """A store for tests and for jobs that the program registers anew each time it starts.
+
+    All calls are made from one event loop and never suspend, so each is one step for everybody else. Records, states
+    and runs are kept as they are given, not copied. Closing forgets nothing: opened again, it has what it had.
+    """
+
+    instant = True
+
+    def __init__(self) -> None:
+        self._opened = False
+        self._jobs: dict[str, JobRecord] = {}
+        self._memory: dict[str, dict[str, str]] = {}
+        self._beats: dict[str, int] = {}
+        self._version = 0
+        self._number = 0
+        self._runs: dict[int, Run] = {}
+        self._by_key: dict[tuple[str, int, str], int] = {}
+        self._histories: dict[str, _History] = {}  # of jobs that have runs
+        self._open: dict[int, None] = {}  # numbers, rising
+        self._all: list[int] = []  # numbers, rising; deleted ones linger, see `_SLACK`
+        self._ends: list[tuple[int, int]] = []  # when an ended run ended and its number, rising; the same
+
+    def __repr__(self) -> str:
+        return f"MemoryStore(jobs={len(self._jobs)}, runs={len(self._runs)})"
+
+    async def open(self) -> None:
+        """Make the other calls possible."""
+        self._opened = True
+
+    async def close(self) -> None:
+        """Refuse all other calls from now on."""
+        self._opened = False
+
+    # ------------------------------------------------------------------------------------------- changing
+
+    async def commit(self, changes: Sequence[Change]) -> list[Result]:
+        """As `JobStore.commit`. A few microseconds a change."""
+        self._check_open()
+        return [self._commit(change) for change in changes]
+
+    def _commit(self, change: Change) -> Result:
+        job, expected = change.job, change.expected
+        record = self._jobs.get(job)
+        if expected is not None and expected != (0 if record is None else record.version):
+            return Stale(record)
+        created, updated = change.created, change.updated
+        replaced: list[Run] = []
+        if created and (obstacle := self._existing(created)) is not None:
+            return Exists(obstacle)
+        for run in updated:
+            number = self._by_key.get((run.job, run.nominal, run.origin))
+            before = None if number is None else self._runs[number]
+            if before is None or before.number not in self._open or before.owner not in (run.owner, change.taken_from):
+                return Stale(record)
+            replaced.append(before)
+        if len(updated) > 1 and repeated(updated) is not None:
+            return Stale(record)
+        # From here on nothing stands in its way: it is written whole.
+        version = 0 if expected is None else self._replace_job(change, record)
+        if change.memory and job in self._jobs:
+            self._remember(change)
+        for run, before in zip(updated, replaced, strict=True):
+            self._update(run, before)
+        return Committed(version, tuple([self._create(run) for run in created]))
+
+    def _existing(self, created: Sequence[Run]) -> Run | None:
+        for run in created:
+            if (number := self._by_key.get((run.job, run.nominal, run.origin))) is not None:
+                return self._runs[number]
+        return repeated(created) if len(created) > 1 else None
+
+    def _replace_job(self, change: Change, record: JobRecord | None) -> int:
+        job, state, definition = change.job, change.state, change.definition
+        if change.remove:
+            self._jobs.pop(job, None)
+            self._memory.pop(job, None)
+            return 0
+        if record is not None:  # whose parts are shared where they stay
+            job = record.id
+            state = record.state if state is None else state
+            definition = record.definition if definition is None else definition
+        if state is None or definition is None or (change.state is None and change.definition is None):
+            return 0
+        self._version += 1
+        self._jobs[job] = JobRecord(job, definition, state, self._version)
+        return self._version
+
+    def _remember(self, change: Change) -> None:
+        memory = self._memory.setdefault(change.job, {})
+        for key, value in change.memory.items():
+            if value is None:
+                memory.pop(key, None)
+            else:
+                memory[key] = value
+        if not memory:
+            del self._memory[change.job]
+
+    def _create(self, run: Run) -> int:
+        number = self._number = self._number + 1
+        job = run.job
+        self._runs[number] = run = msgspec.structs.replace(run, number=number)
+        self._by_key[job, run.nominal, run.origin] = number
+        history = self._histories.get(job)
+        if history is None:
+            history = self._histories[job] = _History()
+        history.numbers.append(number)
+        self._all.append(number)
+        if run.state.open:
+            self._open[number] = None
+            history.open += 1
+        else:
+            self._note_end(run)
+        return number
+
+    def _update(self, run: Run, before: Run) -> None:
+        number = before.number
+        if run.number != number:
+            run = msgspec.structs.replace(run, number=number)
+        self._runs[number] = run
+        if not run.state.open:
+            del self._open[number]
+            self._histories[run.job].open -= 1
+            self._note_end(run)
+
+    def _note_end(self, run: Run) -> None:
+        end = (run.due if run.ended is None else run.ended, run.number)
+        if not self._ends or end >= self._ends[-1]:
+            self._ends.append(end)
+        else:
+            insort(self._ends, end)  # a clock that went back, or an end that was recorded late
+
+    # -------------------------------------------------------------------------------------------- reading
+
+    async def jobs(self, ids: Sequence[str] | None = None) -> list[JobRecord]:
+        """As `JobStore.jobs`."""
+        self._check_open()
+        wanted = self._jobs if ids is None else {id for id in ids if id in self._jobs}
+        return [self._jobs[id] for id in sorted(wanted)]
+
+    async def versions(self) -> dict[str, int]:
+        """As `JobStore.versions`."""
+        self._check_open()
+        return {id: record.version for id, record in self._jobs.items()}
+
+    async def runs(self, query: RunQuery) -> list[Run]:
+        """As `JobStore.runs`. A page of all runs, of a job's or of the open ones takes as long as the page; the other
+        conditions are looked at run by run."""
+        self._check_open()
+        numbers = self._candidates(query)
+        low = 0 if query.after is None else bisect_right(numbers, query.after)
+        high = len(numbers) if query.before is None else bisect_left(numbers, query.before)
+        found: list[Run] = []
+        for index in range(low, high) if query.oldest_first else range(high - 1, low - 1, -1):
+            if len(found) >= query.limit:
+                break
+            run = self._runs.get(numbers[index])
+            if run is not None and _matches(run, query):
+                found.append(run)
+        return found
+
+    def _candidates(self, query: RunQuery) -> Sequence[int]:
+        """Numbers, rising, among which are those of all runs that are asked for."""
+        if query.states and all(state.open for state in query.states):
+            return list(self._open)
+        if query.job is None:
+            return self._all
+        history = self._histories.get(query.job)
+        return () if history is None else history.numbers
+
+    async def run(self, job: str, nominal: int, origin: str) -> Run | None:
+        """As `JobStore.run`."""
+        self._check_open()
+        number = self._by_key.get((job, nominal, origin))
+        return None if number is None else self._runs[number]
+
+    async def numbered(self, number: int) -> Run | None:
+        """As `JobStore.numbered`."""
+        self._check_open()
+        return self._runs.get(number)
+
+    async def memory(self, job: str) -> dict[str, str]:
+        """As `JobStore.memory`: a copy."""
+        self._check_open()
+        return dict(self._memory.get(job, ()))
+
+    # --------------------------------------------------------------------------------------------- owners
+
+    async def beat(self, owner: str) -> None:
+        """As `JobStore.beat`."""
+        self._check_open()
+        self._beats[owner] = self._beats.get(owner, 0) + 1
+
+    async def beats(self) -> dict[str, int]:
+        """As `JobStore.beats`: a copy."""
+        self._check_open()
+        return dict(self._beats)
+
+    async def forget(self, owner: str) -> None:
+        """As `JobStore.forget`."""
+        self._check_open()
+        self._beats.pop(owner, None)
+
+    # -------------------------------------------------------------------------------------- housekeeping
+
+    async def prune(self, *, keep: int, before: int) -> int:
+        """As `JobStore.prune`: a look at each job, and time for each run that goes."""
+        self._check_open()
+        doomed: set[int] = set()
+        for history in self._histories.values():
+            excess = len(history.numbers) - history.open - keep
+            if excess > 0:
+                doomed.update(islice((n for n in history.numbers if n not in self._open), excess))
+        old = bisect_left(self._ends, (before, 0))
+        doomed.update(number for _, number in self._ends[:old] if number in self._runs)
+        del self._ends[:old]
+        self._delete(doomed)
+        return len(doomed)
+
+    def _delete(self, doomed: set[int]) -> None:
+        newest: dict[str, int] = {}  # of the runs that go, by job
+        for number in doomed:
+            run = self._runs.pop(number)
+            del self._by_key[run.key]
+            newest[run.job] = max(number, newest.get(run.job, 0))
+        for job, number in newest.items():
+            numbers = self._histories[job].numbers
+            end = bisect_right(numbers, number)
+            numbers[:end] = [n for n in numbers[:end] if n in self._runs]
+            if not numbers:
+                del self._histories[job]
+        # Taking each out of the long lists at once would take as long as the lists are.
+        if len(self._all) > 2 * len(self._runs) + _SLACK:
+            self._all = list(self._runs)
+        if len(self._ends) > 2 * len(self._runs) + _SLACK:
+            self._ends = [end for end in self._ends if end[1] in self._runs]
+
+    async def compact(self) -> None:
+        """Nothing to do: memory that is not used any more is free already."""
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if not self._opened:
+            raise StoreError("the memory store is closed")
+
+
+def _matches(run: Run, query: RunQuery) -> bool:
+    return (
+        (query.job is None or run.job == query.job)
+        and (not query.states or run.state in query.states)
+        and (query.origin is None or run.origin == query.origin)
+        and (query.owner is None or run.owner == query.owner)
+        and not (query.outside_backfills and run.limit)
+    )

@@ -267,14 +267,20 @@ class JobStore(Protocol):
 
 class SourceItem(msgspec.Struct, frozen=True):
     """One request of a source. `key` says where it came from, for people. `marks` are what the source wants remembered
-    once this item and all before it are delivered (None: forget that key)."""
+    once this item and all before it are delivered (None: forget that key).
+
+    Where `error` is set there is no request (it is None): this row or file cannot be read. It goes to the sink in its
+    turn, as a failed item, and its marks count as those of others. `progress` is how much of what the firing found to
+    do lies behind once this item is delivered, from 0 to 1; None where the source cannot say.
+    """
 
     request: Any
     key: str
     marks: Mapping[str, str | None] = {}
+    error: Exception | None = None
+    progress: float | None = None
 
 
-@runtime_checkable
 class Source(Protocol):
     """Where a firing's requests come from. Its settings are its fields (a `msgspec.Struct` with a tag), so that a job
     can be stored; it holds nothing else.
@@ -287,8 +293,9 @@ class Source(Protocol):
 
 
 def is_source(value: Any) -> bool:
-    """Whether a job's request is a source: a mapping of inputs has `items` too."""
-    return isinstance(value, Source) and not isinstance(value, Mapping)
+    """Whether a job's request is a source: a mapping of inputs has `items` too. (An `isinstance` of a protocol costs
+    more than all else that a firing does.)"""
+    return hasattr(value, "items") and not isinstance(value, Mapping)
 
 
 class SinkItem(msgspec.Struct, frozen=True):
@@ -313,7 +320,6 @@ class SinkWriter(Protocol):
         `flush` may be lost, but nothing that was flushed."""
 
 
-@runtime_checkable
 class Sink(Protocol):
     """Where a firing's answers go. Its settings are its fields, as with a source.
 

@@ -95,7 +95,7 @@ def encode_job(job: CronJob) -> bytes:
         if schedule.literal:
             keys["literal"] = True
     elif isinstance(schedule, Interval):
-        keys["schedule"] = {"interval_secs": schedule.seconds}
+        keys["schedule"] = {"interval_secs": schedule.period_us / 1e6}
         if schedule.anchor is not None:
             keys["schedule"]["anchor"] = schedule.anchor
     _encode_request(job, keys)

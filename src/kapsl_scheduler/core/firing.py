@@ -152,6 +152,10 @@ def plan(job: CronJob, timetable: Timetable, state: JobState, now: int, owner: s
         last, following = chosen[-1], None  # what would come after the last run is no occurrence
     runs: list[Run] = []
     others = _Others(policy, state)
+    if chosen and not several:
+        run = others.meet(job.id, last, due, now, owner)
+        following_due = None if following is None else timetable.due(following)
+        return Plan(booked(state, None, run, cursor=last), (run,), others.cancelled, following, following_due)
     done = state.cursor
     for nominal in chosen:
         runs.extend(_missed(job.id, timetable, policy, done, nominal - 1, now))
@@ -184,7 +188,7 @@ def _chosen(timetable: Timetable, policy: FiringPolicy, cursor: int, last: int, 
     if not several or policy.coalesce in (Coalesce.LATEST, Coalesce.SKIP):
         return [last]
     if policy.coalesce is Coalesce.ALL:
-        chosen = []
+        chosen: list[int] = []
         nominal: int | None = last
         while nominal is not None and nominal > cursor and len(chosen) < MAX_ALL and timetable.due(nominal) >= earliest:
             chosen.append(nominal)

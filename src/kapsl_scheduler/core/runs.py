@@ -43,12 +43,8 @@ class RunState(enum.Enum):
     CANCELLED = "cancelled"
     INTERRUPTED = "interrupted"
 
-    @property
-    def open(self) -> bool:
-        return self in _OPEN
-
-
-_OPEN: Final = frozenset((RunState.PENDING, RunState.RUNNING))
+    def __init__(self, word: str) -> None:
+        self.open = word in ("pending", "running")  # not by looking members up in a set: that hashes them, slowly
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -224,9 +220,9 @@ def booked(state: JobState, before: Run | None, after: Run, **changes: Any) -> J
     now = after.state
     if now is RunState.RUNNING:
         changes["fired"] = state.fired + 1
-    if before is None and after.origin == SCHEDULE and now in _OPEN:
+    if before is None and after.origin == SCHEDULE and now.open:
         changes["scheduled"] = changes.get("scheduled", state.scheduled) + 1
-    if now not in _OPEN:
+    if not now.open:
         if now is RunState.FAILED:
             changes["failures"] = state.failures + 1
         elif now is RunState.SUCCEEDED:
@@ -237,7 +233,7 @@ def booked(state: JobState, before: Run | None, after: Run, **changes: Any) -> J
 
 def _tally(state: JobState, changes: dict[str, Any], run: Run, by: int) -> None:
     """Count a run in or out of the field that its state belongs to."""
-    if run.state not in _OPEN:
+    if not run.state.open:
         field = run.state.value
         changes[field] = changes.get(field, getattr(state, field)) + by * run.count
         return

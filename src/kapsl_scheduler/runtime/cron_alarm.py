@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
 from kapsl_scheduler.runtime.cron_ledger import Entry
@@ -28,6 +28,7 @@ class Alarm:
         self._places = 0
         self._void = 0  # items of the heap whose job is due at another moment by now
         self._sleeper: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle
 
     def set(self, entry: Entry, due: int | None) -> None:
         """A job is due at another moment (None: not at all)."""
@@ -46,21 +47,30 @@ class Alarm:
             heapq.heapify(self._heap)
             self._void = 0
 
-    async def next(self) -> Iterable[Entry]:
-        """Wait until some jobs are due, at most as long as the wall clock may go unwatched. Each job is given once."""
+    async def next(self) -> list[Entry]:
+        """Wait until some jobs are due. Each is given once, until it is set anew."""
         loop = asyncio.get_running_loop()
-        wait = self._until_next()
-        if wait > 0:
-            self._sleeper = sleeper = loop.create_future()
-            timer = loop.call_at(loop.time() + wait, _wake, sleeper)
+        while not (due := self._due()):
+            self._sleeper = loop.create_future()
+            self._arm(loop)
             try:
-                await sleeper
+                await self._sleeper
             finally:
-                timer.cancel()
+                self._timer.cancel()
                 self._sleeper = None
+        return due
+
+    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = loop.call_at(loop.time() + self._until_next(), self._strike, loop)
+
+    def _strike(self, loop: asyncio.AbstractEventLoop) -> None:
+        sleeper = self._sleeper
+        if sleeper is None or sleeper.done():
+            return
+        if self._until_next() > 0:
+            self._arm(loop)  # it was but a look at the wall clock
         else:
-            await asyncio.sleep(0)
-        return self._due()
+            sleeper.set_result(None)
 
     def overdue(self) -> int:
         """How many jobs are due now and have not been given."""
@@ -86,8 +96,3 @@ class Alarm:
             else:
                 self._void -= 1
         return found
-
-
-def _wake(sleeper: asyncio.Future[None]) -> None:
-    if not sleeper.done():
-        sleeper.set_result(None)

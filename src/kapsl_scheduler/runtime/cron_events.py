@@ -1,6 +1,6 @@
-"""What happens to jobs and runs, told to whoever reads along. A reader that is slow loses the oldest, and hears how many.
+"""What happens to jobs and runs, told to whoever reads along.
 
-What is not here: history, which the store keeps.
+A reader that is slow loses the oldest events, and hears how many. What is not here: history, which the store keeps.
 """
 
 from __future__ import annotations
@@ -31,12 +31,9 @@ class Events:
     """A broadcast. `wanted` is whether anybody reads: nobody need make events for nobody."""
 
     def __init__(self) -> None:
+        self.wanted = False
         self._readers: set[_Reader] = set()
         self._closed = False
-
-    @property
-    def wanted(self) -> bool:
-        return bool(self._readers)
 
     def tell(self, event: CronEvent) -> None:
         for reader in self._readers:
@@ -56,6 +53,7 @@ class Events:
         """Everything from this call on, until `close`."""
         reader = _Reader()
         self._readers.add(reader)
+        self.wanted = True
         return self._read(reader)
 
     async def _read(self, reader: _Reader) -> AsyncGenerator[CronEvent, None]:
@@ -71,3 +69,4 @@ class Events:
                 await reader.there.wait()
         finally:
             self._readers.discard(reader)
+            self.wanted = bool(self._readers)

@@ -21,7 +21,7 @@ from kapsl_scheduler.core.runs import Firing, Run, RunState
 from kapsl_scheduler.errors import CronError, DeadlineExceeded, EngineError, Overloaded
 from kapsl_scheduler.ports import CronTarget, SourceItem, is_source
 from kapsl_scheduler.runtime.cron_stream import RunLost, Stream, numbered
-from kapsl_scheduler.runtime.offload import call, taken_in_thread
+from kapsl_scheduler.runtime.offload import call, in_thread, taken_in_thread
 from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
 __all__ = ["Execution", "ExecutionHost", "Progress"]
@@ -47,11 +47,13 @@ class ExecutionHost(Protocol):
 
 
 class Progress:
-    """What a run has done so far, over its attempts."""
+    """What a run has done so far, over its attempts. `done` is how much of it lies behind, from 0 to 1, where its
+    source can say."""
 
-    __slots__ = ("failed_requests", "input_bytes", "output_bytes", "requests", "rows")
+    __slots__ = ("done", "failed_requests", "input_bytes", "output_bytes", "requests", "rows")
 
     def __init__(self) -> None:
+        self.done: float | None = None
         self.requests = 0
         self.failed_requests = 0
         self.rows = 0
@@ -205,8 +207,8 @@ class Execution:
             return await self._several(numbered([request]), keep=False)
         firing = firing or self._firing()
         if from_source:
-            memory = await self.remembered("source/")
-            return await self._several(taken_in_thread(request.items(firing, memory)), keep=False)
+            items = await in_thread(request.items, firing, await self.memory())
+            return await self._several(taken_in_thread(items), keep=False)
         made = await call(request, firing)
         if made is None:
             return Outcome(RunState.SUCCEEDED, "nothing to do")
@@ -267,10 +269,9 @@ class Execution:
         """Write down what is to be remembered, and how far the run is. False: it is another's now."""
         return await self._host.checkpoint(self.progress.on(self.run), memory)
 
-    async def remembered(self, room: str) -> dict[str, str]:
-        """What the job's source or sink (`room` is the prefix of its keys) has remembered."""
-        memory = await self._host.memory(self._job.id)
-        return {key.removeprefix(room): value for key, value in memory.items() if key.startswith(room)}
+    async def memory(self) -> Mapping[str, str]:
+        """What the job's source and sink have remembered."""
+        return await self._host.memory(self._job.id)
 
     def _firing(self) -> Firing:
         run = self.run

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from kapsl_scheduler.core.firing import Timetable
 from kapsl_scheduler.core.jobs import CronJob
-from kapsl_scheduler.core.runs import Change, JobRecord, JobState, Run
+from kapsl_scheduler.core.runs import Change, JobRecord, Run
 from kapsl_scheduler.errors import CronError, StoreError
 from kapsl_scheduler.ports import Committed, Exists, JobStore, Stale
 
@@ -25,7 +25,7 @@ __all__ = ["Draft", "Entry", "Intent", "Ledger"]
 logger = logging.getLogger(__name__)
 
 RETRY_FIRST: Final = 0.2
-RETRY_MOST: Final = 10.0
+RETRY_MOST: Final = 2.0
 """Seconds between attempts to write, from the first to the longest wait, while the store fails."""
 
 
@@ -50,11 +50,24 @@ class Entry:
 class Draft:
     """What the intents of one round want of one job; `state` is None where there is no such job."""
 
-    __slots__ = ("created", "definition", "entry", "expected", "job", "memory", "remove", "state", "taken_from", "updated")
+    __slots__ = (
+        "created",
+        "definition",
+        "entry",
+        "expected",
+        "intents",
+        "job",
+        "memory",
+        "remove",
+        "state",
+        "taken_from",
+        "updated",
+    )
 
     def __init__(self, job: str, entry: Entry | None) -> None:
         self.job = job
         self.entry = entry
+        self.intents: list[Intent] = []
         self.expected: int | None = 0 if entry is None else entry.version
         self.state = None if entry is None else entry.state
         self.definition: bytes | None = None
@@ -113,14 +126,17 @@ class Intent:
     def exists(self, run: Run) -> Any:
         """A run that it wanted to create is there: nothing was written."""
 
+    def fail(self, error: Exception) -> None:
+        """Tell whoever waits."""
+        if self.future is not None and not self.future.done():
+            self.future.set_exception(error)
+
 
 class Ledger:
     """Serialises intents into rounds. `entries` are the jobs. `changed(entry)` is called whenever a job is not what it
     was: read or written; `gone(entry)` when it is no more."""
 
-    def __init__(
-        self, store: JobStore, *, changed: Callable[[Entry], None], gone: Callable[[Entry], None]
-    ) -> None:
+    def __init__(self, store: JobStore, *, changed: Callable[[Entry], None], gone: Callable[[Entry], None]) -> None:
         self.store = store
         self.entries: dict[str, Entry] = {}
         self.failing: StoreError | None = None
@@ -132,7 +148,6 @@ class Ledger:
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._closing = False
 
     # ---------------------------------------------------------------------------------------- handing in
 
@@ -142,13 +157,17 @@ class Ledger:
         Cancelling the await leaves it in: it may be written nevertheless.
         """
         future = intent.future = asyncio.get_running_loop().create_future()
-        self.post(intent)
-        await self.flush()
+        await self.settle(intent)
         return await future
 
-    async def flush(self) -> None:
-        """Write what was handed in here and now, if that takes no wait; else `serve` will."""
-        if self.store.instant and not self._writing:
+    async def settle(self, *intents: Intent) -> None:
+        """Hand them in, and write here and now what was handed in, if that takes no wait; else `serve` will."""
+        if not self.store.instant or self._writing:
+            for intent in intents:
+                self.post(intent)
+            return
+        self._queue.extend(intents)
+        if self._queue:
             await self._write_all()  # it does not suspend: no other task sees it half done
 
     def post(self, intent: Intent) -> None:
@@ -172,11 +191,11 @@ class Ledger:
         """Write what is handed in, until cancelled."""
         while True:
             await self._work.wait()
-            await self._write_all()
+            self._work.clear()
+            if not self._writing:
+                await self._write_all()
 
     async def _write_all(self) -> None:
-        if self._writing:
-            return
         self._writing = True
         wait = RETRY_FIRST
         try:
@@ -187,77 +206,75 @@ class Ledger:
                     if self.failing is None:
                         logger.error("the store of the cron jobs fails, it is tried again: %s", error)
                     self.failing = error
-                    if not self._queue:
-                        break
-                    await asyncio.sleep(wait)
+                    await asyncio.sleep(wait if self._queue else 0)
                     wait = min(wait * 2, RETRY_MOST)
                 else:
                     if self.failing is not None:
                         logger.warning("the store of the cron jobs works again")
-                    self.failing, wait = None, RETRY_FIRST
+                        self.failing, wait = None, RETRY_FIRST
         finally:
             self._writing = False
-            self._work.clear()
             if self._queue:
                 self._work.set()
-            else:
+            elif not self._idle.is_set():
                 self._idle.set()
 
     async def _round(self) -> None:
-        drafts, later = self._decided()
-        changes: list[tuple[Draft, list[Intent], Change]] = []
-        for draft, intents in drafts:
+        drafts: list[Draft] = []
+        changes: list[Change] = []
+        for draft in self._decided():
             if (change := draft.change()) is not None:
-                changes.append((draft, intents, change))
-                continue
-            for intent in intents:
-                _answer(intent, draft.entry, ())
-        try:
-            results = await self.store.commit([change for _, _, change in changes]) if changes else []
-        except StoreError as error:
-            for _, intents, _ in changes:
-                for intent in intents:
-                    if intent.lasting:
-                        later.append(intent)
-                    elif intent.future is not None and not intent.future.done():
-                        intent.future.set_exception(error)
-            self._queue.extendleft(reversed(later))
-            raise
-        for (draft, intents, _), result in zip(changes, results, strict=True):
-            if isinstance(result, Committed):
-                self._committed(draft, intents, result)
+                drafts.append(draft)
+                changes.append(change)
             else:
-                later.extend(self._again(draft, intents, result))
-        self._queue.extendleft(reversed(later))
+                _answer(draft, draft.entry, ())
+        if not changes:
+            return
+        try:
+            results = await self.store.commit(changes)
+        except StoreError as error:
+            lasting = [intent for draft in drafts for intent in draft.intents if intent.lasting]
+            self._queue.extendleft(reversed(lasting))
+            for draft in drafts:
+                for intent in draft.intents:
+                    if not intent.lasting:
+                        intent.fail(error)
+            raise
+        for draft, result in zip(drafts, results, strict=True):
+            if isinstance(result, Committed):
+                self._committed(draft, result)
+            else:
+                self._queue.extendleft(reversed(self._again(draft, result)))
 
-    def _decided(self) -> tuple[list[tuple[Draft, list[Intent]]], list[Intent]]:
-        """Ask the intents of the queue: of each job those that can go together. Returns the rest beside."""
-        groups: dict[str, list[Intent]] = {}
-        for intent in self._queue:
-            groups.setdefault(intent.job, []).append(intent)
-        self._queue.clear()
-        drafts: list[tuple[Draft, list[Intent]]] = []
+    def _decided(self) -> Iterable[Draft]:
+        """Ask the intents of the queue: of each job those that can go together. The rest stays in the queue."""
+        drafts: dict[str, Draft] = {}
+        full: set[str] = set()  # jobs of which no more goes into this round
         later: list[Intent] = []
-        for job, group in groups.items():
-            draft = Draft(job, self.entries.get(job))
-            decided: list[Intent] = []
-            for index, intent in enumerate(group):
-                if decided and (intent.alone or decided[-1].alone or job in self._apart):
-                    later.extend(group[index:])
-                    break
-                try:
-                    intent.decide(draft)
-                except CronError as error:
-                    if intent.future is not None and not intent.future.done():
-                        intent.future.set_exception(error)
-                else:
-                    decided.append(intent)
-            if decided:
-                drafts.append((draft, decided))
-        return drafts, later
+        for intent in self._queue:
+            job = intent.job
+            draft = drafts.get(job)
+            if draft is None:
+                draft = drafts[job] = Draft(job, self.entries.get(job))
+            elif job in full or (draft.intents and (intent.alone or draft.intents[-1].alone or job in self._apart)):
+                full.add(job)  # none may overtake another
+                later.append(intent)
+                continue
+            try:
+                intent.decide(draft)
+            except Exception as error:
+                if not isinstance(error, CronError):
+                    logger.exception("job %r: a change could not be decided", job)
+                intent.fail(error)
+            else:
+                draft.intents.append(intent)
+        self._queue.clear()
+        self._queue.extend(later)
+        return drafts.values()
 
-    def _committed(self, draft: Draft, intents: Sequence[Intent], result: Committed) -> None:
-        self._apart.discard(draft.job)
+    def _committed(self, draft: Draft, result: Committed) -> None:
+        if self._apart:
+            self._apart.discard(draft.job)
         entry = draft.entry
         if draft.remove:
             if entry is not None and self.entries.pop(draft.job, None) is not None:
@@ -271,27 +288,26 @@ class Ledger:
             entry.state, entry.version = draft.state, result.version
             if draft.definition is not None:
                 entry.definition = draft.definition
-        for intent in intents:
-            _answer(intent, entry, result.numbers)
+        _answer(draft, entry, result.numbers)
 
-    def _again(self, draft: Draft, intents: list[Intent], result: Stale | Exists) -> Iterable[Intent]:
-        """Nothing of the draft was written. What is to be decided again; the rest has been told."""
+    def _again(self, draft: Draft, result: Stale | Exists) -> list[Intent]:
+        """Nothing of the draft was written. What is to be decided again; the rest is told."""
+        job, intents = draft.job, draft.intents
         if len(intents) > 1:
-            self._apart.add(draft.job)  # find out which of them it was
+            self._apart.add(job)  # find out which of them it was
             if isinstance(result, Stale):
-                self.refresh(draft.job, result.record)
+                self.refresh(job, result.record)
             return intents
+        self._apart.discard(job)
         (intent,) = intents
-        self._apart.discard(draft.job)
         if isinstance(result, Exists):
             _tell(intent, intent.exists, result.run)
-            return ()
-        known = draft.expected
+            return []
         record = result.record
-        if known is None or (record is not None and record.version == known):
+        if draft.expected is None or draft.expected == (0 if record is None else record.version):
             _tell(intent, intent.refused)
-            return ()
-        self.refresh(draft.job, record)
+            return []
+        self.refresh(job, record)
         return intents
 
     # ------------------------------------------------------------------------------------------- reading
@@ -318,19 +334,21 @@ class Ledger:
         """Take over what other processes have changed. Raises `StoreError`."""
         versions = await self.store.versions()
         different = [
-            job for job, version in versions.items() if (entry := self.entries.get(job)) is None or entry.version != version
+            job
+            for job, version in versions.items()
+            if (entry := self.entries.get(job)) is None or entry.version != version
         ]
         records = {record.id: record for record in await self.store.jobs(different)} if different else {}
-        for job in [job for job in self.entries if job not in versions]:
-            different.append(job)
+        different.extend([job for job in self.entries if job not in versions])
         if self._writing or self._queue:
             return  # what is being written meanwhile is newer; the next look will do
         for job in different:
             self.refresh(job, records.get(job))
 
 
-def _answer(intent: Intent, entry: Entry | None, numbers: Sequence[int]) -> None:
-    _tell(intent, intent.done, entry, numbers)
+def _answer(draft: Draft, entry: Entry | None, numbers: Sequence[int]) -> None:
+    for intent in draft.intents:
+        _tell(intent, intent.done, entry, numbers)
 
 
 def _tell(intent: Intent, method: Callable[..., Any], *words: Any) -> None:
@@ -339,8 +357,8 @@ def _tell(intent: Intent, method: Callable[..., Any], *words: Any) -> None:
         answer = method(*words)
     except Exception as error:  # the others of the round are to hear theirs
         logger.exception("job %r: what was written was not acted on", intent.job)
-        if intent.future is not None and not intent.future.done():
-            intent.future.set_exception(error)
+        intent.fail(error)
         return
-    if intent.future is not None and not intent.future.done():
-        intent.future.set_result(answer)
+    future = intent.future
+    if future is not None and not future.done():
+        future.set_result(answer)

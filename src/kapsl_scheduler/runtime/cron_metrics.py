@@ -13,7 +13,7 @@ import msgspec
 from kapsl_scheduler.core.runs import Run
 from kapsl_scheduler.runtime.metrics import Histogram
 
-__all__ = ["CronFigures", "CronStatistics", "OTHER_JOBS"]
+__all__ = ["OTHER_JOBS", "CronFigures", "CronStatistics"]
 
 MAX_JOBS: Final = 200
 """Jobs that have a series of their own; the rest share one."""

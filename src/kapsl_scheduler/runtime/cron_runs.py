@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from kapsl_scheduler.core.firing import startable
 from kapsl_scheduler.core.jobs import moment
@@ -22,11 +22,14 @@ from kapsl_scheduler.runtime.cron_execution import Execution
 from kapsl_scheduler.runtime.cron_intents import Attempt, Checkpoint, Cut, End, Start
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
 from kapsl_scheduler.runtime.cron_metrics import CronFigures
-from kapsl_scheduler.runtime.cron_views import CronEvent, run_view
+from kapsl_scheduler.runtime.cron_views import CronEvent, CronRun, run_view
 
 __all__ = ["Runs"]
 
 logger = logging.getLogger(__name__)
+
+PRUNE_EVERY: Final = 500
+"""Runs that may end between two looks at the history's bounds."""
 
 
 class Runs:
@@ -48,6 +51,7 @@ class Runs:
         self.target = target
         self.figures = CronFigures()
         self.ended_since_pruned = 0
+        self.history_grows = asyncio.Event()
         self._ledger = ledger
         self._alarm = alarm
         self._events = events
@@ -76,10 +80,12 @@ class Runs:
     def everyone(self) -> Iterable[Execution]:
         return (execution for of_job in self._of_job.values() for execution in of_job.values())
 
-    def latest(self, run: Run) -> Run:
-        """The run with what it has done by now, if it goes on here."""
+    def view(self, run: Run) -> CronRun:
+        """The run as it is shown: with what it has done by now, if it goes on here."""
         execution = self._of_job.get(run.job, {}).get(run.key)
-        return run if execution is None or not run.state.open else execution.progress.on(run)
+        if execution is None or not run.state.open:
+            return run_view(run)
+        return run_view(execution.progress.on(run), execution.progress.done)
 
     def launch(self, entry: Entry, run: Run) -> None:
         """Run it, at once if there is a place."""
@@ -93,7 +99,8 @@ class Runs:
 
     def _begin(self, execution: Execution) -> None:
         self.figures.started(execution.run, self.wall())
-        self.told("started", execution.run.job, execution.run)
+        if self._events.wanted:
+            self.told("started", execution.run.job, execution.run)
         task = asyncio.get_running_loop().create_task(execution())
         execution.task = task
         self._tasks[task] = execution
@@ -123,13 +130,14 @@ class Runs:
                 del self._of_job[execution.run.job]
 
     async def drain(self, seconds: float) -> None:
-        """Let runs end for a while, then cut short the rest: nothing runs when this is over."""
+        """Let runs end for a while, then cut short the rest: nothing runs when this is over. What waits in the store
+        stays there."""
+        self._closing = True
         until = asyncio.get_running_loop().time() + seconds
         try:
             while self._tasks and (left := until - asyncio.get_running_loop().time()) > 0:
                 await asyncio.wait(self._tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._closing = True
             for execution in self._ready:
                 if not execution.discarded:
                     self._ledger.post(End(self, execution.run, execution.cut_short()))
@@ -145,8 +153,7 @@ class Runs:
         return bool(await self._ledger.do(Attempt(after)))
 
     async def ended(self, before: Run, after: Run) -> None:
-        self._ledger.post(End(self, before, after))
-        await self._ledger.flush()
+        await self._ledger.settle(End(self, before, after))
 
     async def memory(self, job: str) -> Mapping[str, str]:
         return await self._ledger.store.memory(job)
@@ -164,8 +171,11 @@ class Runs:
         if run.state is RunState.PENDING:
             return
         self.ended_since_pruned += 1
+        if self.ended_since_pruned >= PRUNE_EVERY:
+            self.history_grows.set()
         self.figures.ended(run)
-        self.told("ended", run.job, run)
+        if self._events.wanted:
+            self.told("ended", run.job, run)
 
     def told(self, kind: str, job: str, run: Run | None = None) -> None:
         if self._events.wanted:
@@ -230,18 +240,12 @@ class Runs:
                     limit=number,
                 )
             )
-            for run in waiting:
-                self._ledger.post(Start(self, run))
-        await self._ledger.flush()
+            await self._ledger.settle(*(Start(self, run) for run in waiting))
 
     async def _cancel_elsewhere(self, entry: Entry, keys: set[tuple[str, int, str]]) -> None:
         found = await self._ledger.store.runs(
-            RunQuery(
-                job=entry.id, states=(RunState.PENDING, RunState.RUNNING), outside_backfills=True, limit=1000
-            )
+            RunQuery(job=entry.id, states=(RunState.PENDING, RunState.RUNNING), outside_backfills=True, limit=1000)
         )
         own = self._of_job.get(entry.id, {})
-        for run in found:
-            if run.key not in keys and run.key not in own and not run.detached:
-                self._ledger.post(Cut(self, run, "overlap"))
-        await self._ledger.flush()
+        others = [run for run in found if run.key not in keys and run.key not in own and not run.detached]
+        await self._ledger.settle(*(Cut(self, run, "overlap") for run in others))

@@ -1,7 +1,7 @@
 """CronScheduler: scheduled inference. The public calls, and the life of it all.
 
-One task looks after the timer of all jobs, one writes what is decided, and each run has its own. What is not here: which
-occurrences become runs (`core.firing`), the changes to a job (`runtime.cron_intents`) and their order
+One task looks after the timer of all jobs, one writes what is decided, and each run has its own. What is not here:
+which occurrences become runs (`core.firing`), the changes to a job (`runtime.cron_intents`) and their order
 (`runtime.cron_ledger`), how runs go (`runtime.cron_runs`), other processes on the store (`runtime.cron_watch`).
 """
 
@@ -52,8 +52,8 @@ def _system_wall() -> int:
 
 
 class CronScheduler:
-    """Fires inference jobs into a target: a `Scheduler`, a `ReplicaPool`, or whatever has their `infer`; or into several
-    models, by something whose `target(model)` gives such a one for a name.
+    """Fires inference jobs into a target: a `Scheduler`, a `ReplicaPool`, or whatever has their `infer`; or into
+    several models, by something whose `target(model)` gives such a one for a name.
 
     `store` keeps jobs and history (None: in memory); it is opened and closed with the scheduler. `clock` gives
     microseconds since 1970 UTC. `allow_latency_critical` lets jobs run in the first class, before which live requests
@@ -128,13 +128,13 @@ class CronScheduler:
             await self._ledger.store.close()
             raise
         self._phase = "open"
-        services: tuple[Coroutine[Any, Any, None], ...] = (
-            self._ledger.serve(),
-            self._runs.serve(),
-            self._watch.serve(),
-            self._fire(),
-        )
-        self._services = [asyncio.create_task(service, name=f"cron {service.__qualname__}") for service in services]
+        services: dict[str, Coroutine[Any, Any, None]] = {
+            "writer": self._ledger.serve(),
+            "chores": self._runs.serve(),
+            "watch": self._watch.serve(),
+            "timer": self._fire(),
+        }
+        self._services = [asyncio.create_task(service, name=f"cron {name}") for name, service in services.items()]
         for task in self._services:
             task.add_done_callback(_must_not_end)
         return self
@@ -171,7 +171,7 @@ class CronScheduler:
         """Write what is left, end the services, let go of the store."""
         settled = True
         try:
-            await self._ledger.flush()
+            await self._ledger.settle()
             async with asyncio.timeout(LAST_WRITES):
                 await self._ledger.settled()
         except TimeoutError:
@@ -191,9 +191,8 @@ class CronScheduler:
 
     async def _fire(self) -> None:
         while True:
-            for entry in await self._alarm.next():
-                self._ledger.post(Fire(self._runs, entry.id))
-            await self._ledger.flush()
+            due = await self._alarm.next()
+            await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due])
 
     # ------------------------------------------------------------------------------------ registering
 
@@ -218,7 +217,8 @@ class CronScheduler:
         return self._info(self._entry(checked.id))
 
     async def register_all(self, jobs: Iterable[CronJob], *, on_conflict: str = "update") -> list[CronJobInfo]:
-        """Start several jobs or none of them. Raises what `register` raises; an `InvalidJob` names the faults of all."""
+        """Start several jobs or none of them. Raises what `register` raises; an `InvalidJob` names the faults of
+        all."""
         self._check_open()
         faults: list[str] = []
         checked: dict[str, tuple[CronJob, bytes]] = {}
@@ -422,9 +422,10 @@ class CronScheduler:
         entry = self._entry(id)
         timetable = entry.timetable
         found: list[dt.datetime] = []
-        nominal: int | None = max(entry.state.cursor, self._wall())
-        while timetable is not None and len(found) < n and (nominal := timetable.next(nominal)) is not None:
+        last = max(entry.state.cursor, self._wall())
+        while timetable is not None and len(found) < n and (nominal := timetable.next(last)) is not None:
             found.append(moment(nominal))
+            last = nominal
         return found
 
     # ---------------------------------------------------------------------------------------- reports
@@ -470,7 +471,7 @@ class CronScheduler:
         found = await self._ledger.store.runs(
             RunQuery(job=id, states=tuple(states), origin=origin, before=before, limit=limit)
         )
-        return [run_view(self._runs.latest(run)) for run in found]
+        return [self._runs.view(run) for run in found]
 
     async def run(self, number: int) -> CronRun:
         """One run by its number. Raises `NotFound`, `StoreError`."""
@@ -478,7 +479,7 @@ class CronScheduler:
         found = await self._ledger.store.numbered(number)
         if found is None:
             raise NotFound(f"no run {number}")
-        return run_view(self._runs.latest(found))
+        return self._runs.view(found)
 
     def events(self) -> AsyncGenerator[CronEvent, None]:
         """What happens from now on, until the scheduler is closed. A reader that falls 1,000 events behind loses the

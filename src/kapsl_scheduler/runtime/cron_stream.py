@@ -68,7 +68,7 @@ class StreamHost(Protocol):
     def progress(self) -> Any: ...
     def infer(self, request: Any, *, starts: bool = ...) -> Awaitable[InferenceResponse]: ...
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool: ...
-    async def remembered(self, room: str) -> dict[str, str]: ...
+    async def memory(self) -> Mapping[str, str]: ...
 
 
 class Stream:
@@ -169,6 +169,7 @@ class Stream:
     async def _settle(self, item: SourceItem, response: InferenceResponse | None, error: Exception | None) -> None:
         progress = self._host.progress
         progress.add(item.request, response, _rows(item.request))
+        progress.done = item.progress
         if error is not None:
             self.failed += 1
             if self.first_error is None:
@@ -193,8 +194,9 @@ class Stream:
         if callable(self._sink):
             self._writer = self._sink
         else:
-            memory = await self._host.remembered("sink/")
+            memory = await self._host.memory()
             self._writer = await in_thread(self._sink.open, self._firing, memory)
+            await self._make_sure()  # where the run begins, should it be cut short before the next
 
     async def _hand_on(self) -> None:
         """Give the sink what has been answered."""
@@ -213,10 +215,9 @@ class Stream:
         """A checkpoint: what the sink has for good, and where the source was then."""
         await self._hand_on()
         self._checked = asyncio.get_running_loop().time()
-        memory = {f"source/{key}": value for key, value in self._marks.items()}
+        memory = dict(self._marks)
         if isinstance(self._writer, SinkWriter):
-            kept = await self._in_turn(self._writer.flush)
-            memory.update((f"sink/{key}", value) for key, value in kept.items())
+            memory.update(await self._in_turn(self._writer.flush))
         self._marks = {}
         if not await self._host.checkpoint(memory):
             raise RunLost

@@ -21,7 +21,8 @@ class CronRun(msgspec.Struct, frozen=True, omit_defaults=True):
 
     One record stands for `count` occurrences from `first` on where none of them ran. `reason` is a word for why it
     ended as it did, `error` the text of what went wrong. `requests`, `rows`, `input_bytes` and `output_bytes` are what
-    it has done (so far, if it still runs). `number` identifies it in listings.
+    it has done (so far, if it still runs), `progress` how much of it lies behind while it runs, from 0 to 1, where that
+    is known. `number` identifies it in listings.
     """
 
     number: int
@@ -44,6 +45,7 @@ class CronRun(msgspec.Struct, frozen=True, omit_defaults=True):
     rows: int = 0
     input_bytes: int = 0
     output_bytes: int = 0
+    progress: float | None = None
 
 
 class CronJobInfo(msgspec.Struct, frozen=True):
@@ -97,7 +99,7 @@ class CronEvent(msgspec.Struct, frozen=True):
     lost: int = 0
 
 
-def run_view(run: Run) -> CronRun:
+def run_view(run: Run, progress: float | None = None) -> CronRun:
     """A run as it is shown."""
     timed = run.started is not None and run.ended is not None
     return CronRun(
@@ -121,6 +123,7 @@ def run_view(run: Run) -> CronRun:
         rows=run.rows,
         input_bytes=run.input_bytes,
         output_bytes=run.output_bytes,
+        progress=progress,
     )
 
 

@@ -7,7 +7,9 @@ a lease, by the watcher's own clock, is dead. What is not here: what becomes of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 from typing import Final
 
 from kapsl_scheduler.core.runs import RunState
@@ -23,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 BEATS: Final = 3
 """Heartbeats in a lease."""
-PRUNE_EVERY: Final = 500
-"""Runs that may end between two looks at the history's bounds."""
+AGE_EVERY: Final = 3600.0
+"""Seconds after which the history is looked at in any case, for what has become too old."""
 PAGE: Final = 500
 
 
@@ -39,21 +41,27 @@ class Watch:
         self._keep = keep
         self._max_age = max_age
         self._seen: dict[str, tuple[int, float]] = {}  # owner: its count, and since when it is that
+        self._unknown: set[tuple[str, int, str]] = set()
 
     async def serve(self) -> None:
         """Until cancelled. An instant store is this process's own: there only the history is looked after."""
         loop = asyncio.get_running_loop()
-        hour = loop.time() + 3600
+        beat = math.inf if self._store.instant else 0.0
+        prune = loop.time() + AGE_EVERY
         while True:
             try:
-                if not self._store.instant:
+                if loop.time() >= beat:
                     await self.look()
-                if self._runs.ended_since_pruned >= PRUNE_EVERY or loop.time() >= hour:
-                    hour = loop.time() + 3600
+                    beat = loop.time() + self._lease / BEATS
+                if self._runs.history_grows.is_set() or loop.time() >= prune:
                     await self.prune()
+                    prune = loop.time() + AGE_EVERY
             except StoreError as error:
                 logger.warning("the store of the cron jobs was not looked after: %s", error)
-            await asyncio.sleep(self._lease / BEATS if not self._store.instant else 30.0)
+                beat = loop.time() + self._lease / BEATS
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(min(beat, prune)):
+                    await self._runs.history_grows.wait()
 
     async def look(self) -> None:
         """One heartbeat, and what others have done since the last."""
@@ -76,7 +84,9 @@ class Watch:
         if not found:
             await self._store.forget(owner)
             return
-        logger.warning("process %s has died; of its runs %d are taken over or recorded as interrupted", owner, len(found))
+        logger.warning(
+            "process %s has died; of its runs %d are taken over or recorded as interrupted", owner, len(found)
+        )
         for run in found:
             self._ledger.post(Rescue(self._runs, run))
 
@@ -84,7 +94,7 @@ class Watch:
         """What another process has taken from this one (which it thought dead) is not ours to go on with; and what is
         ours in the store but not here was never dispatched, because the store failed after it had written it."""
         if not self._ledger.idle:
-            return
+            return  # what is being written looks like either
         before = {execution.run.key: execution for execution in self._runs.everyone()}
         ours = {
             run.key: run
@@ -92,19 +102,19 @@ class Watch:
                 RunQuery(states=(RunState.RUNNING,), owner=self._runs.owner, limit=len(before) + PAGE)
             )
         }
-        if not self._ledger.idle:
-            return  # what has been written meanwhile would look like either
         after = {execution.run.key for execution in self._runs.everyone()}
         for key, execution in before.items():
             if key not in ours and key in after and not execution.recording:
                 logger.warning("job %r: another process has taken over a run of this one", key[0])
                 execution.discard("taken over")
-        for key, run in ours.items():
-            if key not in before and key not in after:
-                self._ledger.post(Rescue(self._runs, run))
+        unknown = {key for key in ours if key not in before and key not in after}
+        for key in unknown & self._unknown:  # seen twice: not one that was just about to begin
+            self._ledger.post(Rescue(self._runs, ours[key]))
+        self._unknown = unknown
 
     async def prune(self) -> None:
         """Hold the history to its bounds."""
         self._runs.ended_since_pruned = 0
+        self._runs.history_grows.clear()
         before = self._runs.wall() - round(self._max_age * 1e6)
         await self._store.prune(keep=self._keep, before=before)

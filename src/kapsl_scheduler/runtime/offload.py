@@ -7,6 +7,7 @@ itself. What is not here: the engines' threads (`runtime.worker`).
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import threading
 import time
@@ -68,11 +69,10 @@ async def call(function: Callable[..., Any], *words: Any) -> Any:
 
 def _is_async(function: Callable[..., Any]) -> bool:
     """Also for a partial, and for an object whose `__call__` is a coroutine function."""
-    return any(
-        test(candidate)
-        for candidate in (inspect.unwrap(function), getattr(function, "func", None), getattr(function, "__call__", None))
-        for test in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-    )
+    while isinstance(function, functools.partial):
+        function = function.func
+    candidates = (function, type(function).__call__)
+    return any(inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one) for one in candidates)
 
 
 async def taken_in_thread(items: Iterator[T]) -> AsyncIterator[T]:

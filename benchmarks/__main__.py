@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from benchmarks import digits, flood, micro, overload, queue10k, serial
+from benchmarks import cron, cron_live, digits, flood, micro, overload, queue10k, serial
 from benchmarks.devices import DIGITS
 from benchmarks.loops import LOOPS
 from benchmarks.machine import ROOT, Neighbours
@@ -28,10 +28,12 @@ SUITES: Final[dict[str, tuple[Callable[[Any], Report], Any]]] = {
     "flood": (flood.run, flood.Options()),
     "queue10k": (queue10k.run, queue10k.Options()),
     "overload": (overload.run, overload.Options()),
+    "cron": (cron.run, cron.Options()),
+    "cron_live": (cron_live.run, cron_live.Options()),
 }
 """How each suite is run, and its options where the command line gives none."""
 
-QUICK: Final[dict[str, Any]] = {"rounds": 1, "repeats": 5, "cycles": 3, "seconds": 0.5, "warmup": 0.2}
+QUICK: Final[dict[str, Any]] = {"rounds": 1, "repeats": 5, "cycles": 3, "seconds": 0.5, "warmup": 0.2, "year_days": 1.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,7 +141,10 @@ def _add_suite(suite: argparse.ArgumentParser, name: str) -> None:
     suite.add_argument("--rounds", type=int, help="interleaved rounds; their median is reported")
     if "seconds" in fields:
         suite.add_argument("--seconds", type=float, help="of one trial")
+    if "warmup" in fields:
         suite.add_argument("--warmup", type=float, help="seconds before each trial")
+    if "year_days" in fields:
+        suite.add_argument("--year-days", type=float, help="how much of a year is simulated")
     if {"loop", "loops"} & fields:
         suite.add_argument("--loops", type=_names, help=f"of {','.join(LOOPS)}; a suite on one loop takes the first")
     if "callers" in fields:

@@ -196,7 +196,7 @@ class CronScheduler:
 
     # ------------------------------------------------------------------------------------ registering
 
-    async def register(self, job: CronJob, *, on_conflict: str = "update") -> CronJobInfo:
+    async def register(self, job: CronJob, *, on_conflict: str = "update") -> None:
         """Start a job: it fires from now on.
 
         An id that the store knows from before is adopted: the same definition changes nothing, another takes its place
@@ -214,9 +214,8 @@ class CronScheduler:
         except BaseException:
             self._registered.discard(checked.id)
             raise
-        return self._info(self._entry(checked.id))
 
-    async def register_all(self, jobs: Iterable[CronJob], *, on_conflict: str = "update") -> list[CronJobInfo]:
+    async def register_all(self, jobs: Iterable[CronJob], *, on_conflict: str = "update") -> None:
         """Start several jobs or none of them. Raises what `register` raises; an `InvalidJob` names the faults of
         all."""
         self._check_open()
@@ -247,7 +246,6 @@ class CronScheduler:
                 if id not in known and id in self._ledger.entries:
                     await self._remove(id, cancel=True)
             raise wrong[0]
-        return [self._info(self._entry(id)) for id in checked]
 
     async def update(self, job: CronJob) -> CronJobInfo:
         """Put another definition in the place of a job's, keeping its counters and the phase of its interval. What runs
@@ -283,11 +281,11 @@ class CronScheduler:
 
     async def register_from_def(
         self, definition: CronJobDef, *, model: str | None = None, package: str | None = None
-    ) -> CronJobInfo:
+    ) -> None:
         """Start a job that a package declares. Raises what `register` raises."""
-        return await self.register(self._from_def(definition, model, package))
+        await self.register(self._from_def(definition, model, package))
 
-    async def register_from_manifest(self, manifest: Manifest, *, model: str | None = None) -> list[CronJobInfo]:
+    async def register_from_manifest(self, manifest: Manifest, *, model: str | None = None) -> None:
         """Start the jobs of a package, all or none, under ids of the form `project:id`. What the store holds of the
         package and the manifest has no more is removed. Raises what `register_all` raises."""
         self._check_open()
@@ -295,7 +293,7 @@ class CronScheduler:
         jobs = [self._from_def(definition, model, package) for definition in manifest.cron_jobs]
         self._bindings.packages.add(package)
         try:
-            infos = await self.register_all(jobs)
+            await self.register_all(jobs)
         except BaseException:
             self._bindings.packages.discard(package)
             raise
@@ -303,7 +301,6 @@ class CronScheduler:
         for entry in list(self._ledger.entries.values()):
             if entry.job is not None and entry.job.package == package and entry.id not in ids:
                 await self._remove(entry.id, cancel=False)
-        return infos
 
     async def unregister_package(self, package: str, *, cancel: bool = False) -> list[str]:
         """Forget exactly the jobs that came with a package. Returns their ids."""

@@ -64,8 +64,10 @@ async def numbered(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[S
 class StreamHost(Protocol):
     """The execution that the stream belongs to."""
 
-    @property
-    def progress(self) -> Any: ...
+    requests: int
+    done: float | None
+
+    def add(self, request: Any, response: InferenceResponse | None, rows: int = ...) -> None: ...
     def infer(self, request: Any, *, starts: bool = ...) -> Awaitable[InferenceResponse]: ...
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool: ...
     async def memory(self) -> Mapping[str, str]: ...
@@ -167,14 +169,14 @@ class Stream:
             await self._settle(item, response, None)
 
     async def _settle(self, item: SourceItem, response: InferenceResponse | None, error: Exception | None) -> None:
-        progress = self._host.progress
-        progress.add(item.request, response, _rows(item.request))
-        progress.done = item.progress
+        host = self._host
+        host.add(item.request, response, _rows(item.request))
+        host.done = item.progress
         if error is not None:
             self.failed += 1
             if self.first_error is None:
                 self.first_error, self.first_key = error, item.key
-            if self.failed >= HOPELESS and self.failed == progress.requests and not isinstance(error, InvalidInput):
+            if self.failed >= HOPELESS and self.failed == host.requests and not isinstance(error, InvalidInput):
                 raise error
         if self._keep:
             self.kept.append(response)

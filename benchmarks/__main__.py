@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from benchmarks import cron, cron_live, digits, flood, micro, overload, queue10k, serial
+from benchmarks import cron_next, digits, flood, micro, overload, queue10k, serial
 from benchmarks.devices import DIGITS
 from benchmarks.loops import LOOPS
 from benchmarks.machine import ROOT, Neighbours
@@ -28,8 +28,7 @@ SUITES: Final[dict[str, tuple[Callable[[Any], Report], Any]]] = {
     "flood": (flood.run, flood.Options()),
     "queue10k": (queue10k.run, queue10k.Options()),
     "overload": (overload.run, overload.Options()),
-    "cron": (cron.run, cron.Options()),
-    "cron_live": (cron_live.run, cron_live.Options()),
+    "cron-next": (cron_next.run, cron_next.Options()),
 }
 """How each suite is run, and its options where the command line gives none."""
 
@@ -115,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in [*SUITES, "all"]:
-        summary = "every suite" if name == "all" else (sys.modules[f"benchmarks.{name}"].__doc__ or "").split("\n")[0]
+        summary = (
+            "every suite" if name == "all" else (sys.modules[SUITES[name][0].__module__].__doc__ or "").split("\n")[0]
+        )
         _add_suite(commands.add_parser(name, help=summary), name)
     comparison = commands.add_parser("compare", help="two runs of a suite: after over before, worst change first")
     comparison.add_argument("before", type=Path)

@@ -164,7 +164,7 @@ class CronTarget(Protocol):
 # ---------------------------------------------------------------------------------------------- cron: store
 
 
-class Committed(msgspec.Struct, frozen=True):
+class Committed(msgspec.Struct, gc=False, frozen=True):
     """The change was written. `version` is the job's now; 0 where the job was left as it is, or removed.
     `numbers` are those that the created runs were given."""
 

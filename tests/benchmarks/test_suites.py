@@ -91,6 +91,7 @@ SHORT = {
         "0.3",
     ],
     "queue10k": ["--loops", "asyncio"],
+    "cron-next": [],
 }
 
 

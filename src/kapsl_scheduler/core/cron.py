@@ -71,7 +71,7 @@ class CronExpression:
         fix(self, "literal", bool(literal))
         fix(self, "_pattern", pattern)
         fix(self, "_zone", None if table.offsets == [0] else table)
-        fix(self, "_every_pass", literal or pattern.fields.wild)
+        fix(self, "_every_pass", bool(literal) or pattern.fields.wild)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a CronExpression does not change: {name}")

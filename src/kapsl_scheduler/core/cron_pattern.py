@@ -96,9 +96,7 @@ class Pattern:
         self._per_day = fields.seconds.bit_count() * fields.minutes.bit_count() * fields.hours.bit_count()
         self._day_masks = _days_by_first_weekday(fields.days, fields.weekdays)
         self._every_day = (
-            fields.years == (1 << _YEARS) - 1
-            and fields.months == (1 << 13) - 2
-            and min(self._day_masks) == (2 << 31) - 2
+            fields.years == (1 << _YEARS) - 1 and fields.months == (1 << 13) - 2 and self._day_masks[0] == (2 << 31) - 2
         )
         self._span = (_NEVER, _NEVER)  # the first matching day from any day of the span on is its last
 

@@ -89,7 +89,7 @@ def _values(mask: int) -> list[int]:
 def _every(values: Sequence[int]) -> int | None:
     """n, if the sixty are divided evenly into every n-th from 0 on and there is more than one."""
     size = 60 // len(values)
-    return size if len(values) > 1 and list(values) == list(range(0, 60, size)) and 60 % size == 0 else None
+    return size if len(values) > 1 and list(values) == list(range(0, 60, size)) else None
 
 
 def _set(unit: str, values: Sequence[int], low: int, high: int) -> str:
@@ -101,7 +101,7 @@ def _set(unit: str, values: Sequence[int], low: int, high: int) -> str:
     apart = values[1] - values[0]
     if len(values) > 2 and apart > 1 and list(values) == list(range(values[0], values[-1] + 1, apart)):
         said = f"every {_ordinal(apart)} {unit}"
-        if values[0] == low == 0 and values[-1] + apart == high + 1:
+        if values[0] == 0 and values[-1] + apart == high + 1:
             return said
         return f"{said} from {values[0]} through {values[-1]}"
     return f"{unit}s {_runs(values)}"

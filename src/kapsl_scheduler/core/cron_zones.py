@@ -132,7 +132,7 @@ class Zone:
         if found is None:
             return None
         period = bisect_right(self.highs, found)
-        return found - self.offsets[period]
+        return max(found - self.offsets[period], self.starts[period])
 
     def previous_once(self, pattern: Pattern, second: int) -> int | None:
         """The last occurrence up to UTC second `second`, each matching local time being one."""
@@ -144,7 +144,7 @@ class Zone:
         if found is None:
             return None
         period = bisect_right(self.highs, found)
-        return found - self.offsets[period]
+        return max(found - self.offsets[period], self.starts[period])
 
     def count_once(self, pattern: Pattern, first: int, last: int) -> int:
         """How many occurrences there are from UTC second `first` to `last` (inclusive)."""

@@ -20,11 +20,11 @@ from kapsl_scheduler.core.queue import QueueOverflowPolicy
 from kapsl_scheduler.core.runs import Firing, Run, RunState
 from kapsl_scheduler.errors import CronError, DeadlineExceeded, EngineError, Overloaded
 from kapsl_scheduler.ports import CronTarget, SourceItem, is_source
-from kapsl_scheduler.runtime.cron_stream import RunLost, Stream, numbered
+from kapsl_scheduler.runtime.cron_stream import RunLost, Stream, numbered, row_count
 from kapsl_scheduler.runtime.offload import call, in_thread, taken_in_thread
 from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
-__all__ = ["Execution", "ExecutionHost", "Progress"]
+__all__ = ["Execution", "ExecutionHost"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,46 +41,9 @@ class ExecutionHost(Protocol):
     def wall(self) -> int: ...
     def target(self, model: str | None) -> CronTarget: ...
     async def attempted(self, before: Run, after: Run) -> bool: ...
-    async def ended(self, before: Run, after: Run) -> None: ...
+    def ended(self, before: Run, after: Run) -> None: ...
     async def memory(self, job: str) -> Mapping[str, str]: ...
     async def checkpoint(self, run: Run, memory: Mapping[str, str | None]) -> bool: ...
-
-
-class Progress:
-    """What a run has done so far, over its attempts. `done` is how much of it lies behind, from 0 to 1, where its
-    source can say."""
-
-    __slots__ = ("done", "failed_requests", "input_bytes", "output_bytes", "requests", "rows")
-
-    def __init__(self) -> None:
-        self.done: float | None = None
-        self.requests = 0
-        self.failed_requests = 0
-        self.rows = 0
-        self.input_bytes = 0
-        self.output_bytes = 0
-
-    def add(self, request: Any, response: InferenceResponse | None, rows: int = 1) -> None:
-        """Count a request that was answered, or (without a response) one that failed."""
-        self.requests += 1
-        self.rows += rows
-        self.input_bytes += _nbytes(request)
-        if response is None:
-            self.failed_requests += 1
-        else:
-            self.output_bytes += _nbytes(getattr(response, "outputs", None))
-
-    def on(self, run: Run, **changes: Any) -> Run:
-        """The record of the run with these figures, and `changes`."""
-        return msgspec.structs.replace(
-            run,
-            requests=self.requests,
-            failed_requests=self.failed_requests,
-            rows=self.rows,
-            input_bytes=self.input_bytes,
-            output_bytes=self.output_bytes,
-            **changes,
-        )
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -94,15 +57,31 @@ class Outcome(msgspec.Struct, frozen=True):
 
 class Execution:
     """A run in progress. `run` is its record as last written; `discarded` ones write nothing more: somebody else has
-    written how they ended."""
+    written how they ended. `done` is how much of it lies behind, from 0 to 1, where its source can say."""
 
-    __slots__ = ("_host", "_job", "_until", "discarded", "leave", "progress", "recording", "run", "task")
+    __slots__ = (
+        "_failed_requests",
+        "_host",
+        "_input_bytes",
+        "_job",
+        "_output_bytes",
+        "_rows",
+        "_until",
+        "discarded",
+        "done",
+        "leave",
+        "recording",
+        "requests",
+        "run",
+        "task",
+    )
 
     def __init__(self, host: ExecutionHost, job: CronJob, run: Run) -> None:
         self._host = host
         self._job = job
         self.run = run
-        self.progress = Progress()
+        self.requests = self._failed_requests = self._rows = self._input_bytes = self._output_bytes = 0
+        self.done: float | None = None
         self._until: float | None = None  # on the loop's clock
         self.task: asyncio.Task[None] | None = None
         self.discarded = False
@@ -118,7 +97,29 @@ class Execution:
 
     def cut(self, state: RunState, reason: str, now: int) -> Run:
         """The record of the run if it ends here."""
-        return self.progress.on(self.run, state=state, reason=reason, ended=now)
+        return self.on(self.run, state=state, reason=reason, ended=now)
+
+    def add(self, request: Any, response: InferenceResponse | None, rows: int = 1) -> None:
+        """Count a request that was answered, or (without a response) one that failed."""
+        self.requests += 1
+        self._rows += rows
+        self._input_bytes += _nbytes(request)
+        if response is None:
+            self._failed_requests += 1
+        else:
+            self._output_bytes += _nbytes(getattr(response, "outputs", None))
+
+    def on(self, run: Run, **changes: Any) -> Run:
+        """The record of the run with what it has done so far, over its attempts, and `changes`."""
+        return msgspec.structs.replace(
+            run,
+            requests=self.requests,
+            failed_requests=self._failed_requests,
+            rows=self._rows,
+            input_bytes=self._input_bytes,
+            output_bytes=self._output_bytes,
+            **changes,
+        )
 
     async def __call__(self) -> None:
         """All attempts, then the end, written down. Being cancelled ends the run as cancelled."""
@@ -132,11 +133,11 @@ class Execution:
         except asyncio.CancelledError:
             if not self.discarded:
                 self.recording = True
-                await self._host.ended(self.run, self.cut_short())
+                self._host.ended(self.run, self.cut_short())
             return
         self.recording = True
         error = "" if outcome.error is None else _text(outcome.error)
-        after = self.progress.on(
+        after = self.on(
             self.run,
             state=outcome.state,
             reason=outcome.reason,
@@ -144,12 +145,12 @@ class Execution:
             callback_error=callback_error,
             ended=self._host.wall(),
         )
-        await self._host.ended(self.run, after)
+        self._host.ended(self.run, after)
 
     def cut_short(self) -> Run:
         """What a run becomes that is cancelled: one that resumes waits for the next process, others are over."""
         if self._job.run.on_interrupt is OnInterrupt.RESUME and self.leave == "shutdown" and not self.run.detached:
-            return self.progress.on(self.run, state=RunState.PENDING, reason=self.leave, owner="")
+            return self.on(self.run, state=RunState.PENDING, reason=self.leave, owner="")
         return self.cut(RunState.CANCELLED, self.leave, self._host.wall())
 
     # ------------------------------------------------------------------------------------------ attempts
@@ -184,7 +185,7 @@ class Execution:
             if outcome.state is not RunState.FAILED or done >= policy.attempts or not _may_pass(outcome.error):
                 return outcome
             await asyncio.sleep(min(policy.backoff * 2 ** (done - 1), policy.max_backoff))
-            again = self.progress.on(self.run, attempt=self.run.attempt + 1)
+            again = self.on(self.run, attempt=self.run.attempt + 1)
             if not await self._host.attempted(self.run, again):
                 return None
             self.run = again
@@ -228,12 +229,12 @@ class Execution:
         except Overloaded as error:
             if not error.evicted:
                 return Outcome(RunState.SKIPPED, "busy", error)
-            self.progress.add(request, None)
+            self.add(request, None, row_count(request))
             return Outcome(RunState.FAILED, "evicted", error)
         except Exception:
-            self.progress.add(request, None)
+            self.add(request, None, row_count(request))
             raise
-        self.progress.add(request, response)
+        self.add(request, response, row_count(request))
         return Outcome(RunState.SUCCEEDED, result=response)
 
     async def _several(self, items: AsyncIterator[SourceItem], *, keep: bool) -> Outcome:
@@ -243,9 +244,9 @@ class Execution:
             return Outcome(RunState.SKIPPED, "busy", stream.refused)
         if stream.first_error is not None:
             reason = _reason(stream.first_error)
-            return Outcome(RunState.FAILED, reason, PartlyFailed(stream, self.progress.requests))
+            return Outcome(RunState.FAILED, reason, PartlyFailed(stream, self.requests))
         return Outcome(
-            RunState.SUCCEEDED, "" if self.progress.requests else "nothing to do", result=stream.kept if keep else None
+            RunState.SUCCEEDED, "" if self.requests else "nothing to do", result=stream.kept if keep else None
         )
 
     def infer(self, request: Any, *, starts: bool = True) -> Awaitable[InferenceResponse]:
@@ -267,7 +268,7 @@ class Execution:
 
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool:
         """Write down what is to be remembered, and how far the run is. False: it is another's now."""
-        return await self._host.checkpoint(self.progress.on(self.run), memory)
+        return await self._host.checkpoint(self.on(self.run), memory)
 
     async def memory(self) -> Mapping[str, str]:
         """What the job's source and sink have remembered."""

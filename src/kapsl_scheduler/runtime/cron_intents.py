@@ -71,19 +71,20 @@ class _Creating(Intent):
 
     __slots__ = ("_first", "_host", "_others", "_plan")
 
+    _first: int
+    _others: list[tuple[Execution, Run]]
+
     def __init__(self, host: IntentHost, job: str) -> None:
         super().__init__(job)
         self._host = host
         self._plan: Plan | None = None
-        self._first = 0
-        self._others: list[tuple[Execution, Run]] = []
 
     def take(self, draft: Draft, decided: Plan) -> None:
         self._plan = decided
         self._first = len(draft.created)
-        self._others = []
         state = decided.state
         if decided.cancel_others:
+            self._others = []
             now = self._host.wall()
             for execution in self._host.executions(self.job):
                 after = execution.cut(RunState.CANCELLED, "overlap", now)
@@ -93,16 +94,17 @@ class _Creating(Intent):
         draft.state = state
         draft.created.extend(decided.runs)
 
-    def follow(self, entry: Entry, numbers: Sequence[int]) -> tuple[Run, ...]:
+    def follow(self, entry: Entry, numbers: Sequence[int]) -> list[Run]:
         assert self._plan is not None
-        for execution, after in self._others:
-            execution.discard("overlap")
-            self._host.noted(after)
-        if self._plan.cancel_others and entry.state.running + entry.state.waiting > len(self._plan.runs):
-            self._host.cancel_elsewhere(entry, self._plan.runs)
-        runs = tuple(
+        if self._plan.cancel_others:
+            for execution, after in self._others:
+                execution.discard("overlap")
+                self._host.noted(after)
+            if entry.state.running + entry.state.waiting > len(self._plan.runs):
+                self._host.cancel_elsewhere(entry, self._plan.runs)
+        runs = [
             replace(run, number=number) for run, number in zip(self._plan.runs, numbers[self._first :], strict=False)
-        )
+        ]
         for run in runs:
             if run.state is RunState.RUNNING:
                 self._host.launch(entry, run)

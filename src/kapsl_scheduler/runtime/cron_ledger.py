@@ -145,9 +145,8 @@ class Ledger:
         self._queue: deque[Intent] = deque()
         self._apart: set[str] = set()  # jobs of which only one intent goes into a round
         self._writing = False
-        self._work = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._sleeper: asyncio.Future[None] | None = None  # of `serve`, while there is nothing to write
+        self._waiters: list[asyncio.Future[None]] = []  # until nothing is left to write
 
     # ---------------------------------------------------------------------------------------- handing in
 
@@ -173,26 +172,41 @@ class Ledger:
     def post(self, intent: Intent) -> None:
         """Hand it in and go on."""
         self._queue.append(intent)
-        self._idle.clear()
-        self._work.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._sleeper is not None and not self._sleeper.done():
+            self._sleeper.set_result(None)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is left to write."""
-        return self._idle.is_set()
+        return not self._queue and not self._writing
 
     async def settled(self) -> None:
         """Wait until everything that was handed in is written."""
-        await self._idle.wait()
+        while not self.idle:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+
+    def _release(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     # ------------------------------------------------------------------------------------------- writing
 
     async def serve(self) -> None:
         """Write what is handed in, until cancelled."""
+        loop = asyncio.get_running_loop()
         while True:
-            await self._work.wait()
-            self._work.clear()
-            if not self._writing:
+            if self._writing or not self._queue:
+                self._sleeper = loop.create_future()
+                await self._sleeper
+                self._sleeper = None
+            else:
                 await self._write_all()
 
     async def _write_all(self) -> None:
@@ -215,9 +229,9 @@ class Ledger:
         finally:
             self._writing = False
             if self._queue:
-                self._work.set()
-            elif not self._idle.is_set():
-                self._idle.set()
+                self._wake()
+            elif self._waiters:
+                self._release()
 
     async def _round(self) -> None:
         drafts: list[Draft] = []
@@ -280,7 +294,7 @@ class Ledger:
             if entry is not None and self.entries.pop(draft.job, None) is not None:
                 self._gone(entry)
             entry = None
-        elif draft.state is not None and result.version:
+        elif result.version and draft.state is not None:
             if entry is None:
                 assert draft.definition is not None
                 entry = Entry(JobRecord(draft.job, draft.definition, draft.state, result.version))

@@ -56,19 +56,19 @@ class CronFigures:
     def started(self, run: Run, now: int) -> None:
         """A run was dispatched, at a moment in microseconds since 1970."""
         self.fired += 1
-        self.lateness.extend([run.due / 1e6], now / 1e6)
+        self.lateness.add((now - run.due) / 1e6)
 
     def ended(self, run: Run) -> None:
         """A run (or a range of them) came to its end."""
         if run.started is not None and run.ended is not None:
-            self.duration.extend([run.started / 1e6], run.ended / 1e6)
+            self.duration.add((run.ended - run.started) / 1e6)
         name = run.job
         counter = self.by_job.get(name)
         if counter is None:
             if len(self.by_job) >= MAX_JOBS:
                 name = OTHER_JOBS
             counter = self.by_job.setdefault(name, Counter())
-        counter[run.state.value, run.reason] += run.count
+        counter[run.state.field, run.reason] += run.count
 
     def outcomes(self) -> dict[Outcome, int]:
         total: Counter[Outcome] = Counter()

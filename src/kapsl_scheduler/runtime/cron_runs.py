@@ -56,7 +56,7 @@ class Runs:
         self._alarm = alarm
         self._events = events
         self._most = most
-        self._of_job: dict[str, dict[tuple[str, int, str], Execution]] = {}
+        self._of_job: dict[str, list[Execution]] = {}
         self._tasks: dict[asyncio.Task[None], Execution] = {}
         self._ready: deque[Execution] = deque()
         self._chores: dict[tuple[str, str], Callable[[], Any]] = {}
@@ -75,59 +75,63 @@ class Runs:
 
     def executions(self, job: str) -> list[Execution]:
         """The job's runs here whose end is not being written."""
-        return [execution for execution in self._of_job.get(job, {}).values() if not execution.recording]
+        return [execution for execution in self._of_job.get(job, ()) if not execution.recording]
 
     def everyone(self) -> Iterable[Execution]:
-        return (execution for of_job in self._of_job.values() for execution in of_job.values())
+        return (execution for of_job in self._of_job.values() for execution in of_job)
 
     def view(self, run: Run) -> CronRun:
         """The run as it is shown: with what it has done by now, if it goes on here."""
-        execution = self._of_job.get(run.job, {}).get(run.key)
-        if execution is None or not run.state.open:
-            return run_view(run)
-        return run_view(execution.progress.on(run), execution.progress.done)
+        for execution in self._of_job.get(run.job, ()) if run.state.open else ():
+            if execution.run.key == run.key:
+                return run_view(execution.on(run), execution.done)
+        return run_view(run)
 
     def launch(self, entry: Entry, run: Run) -> None:
         """Run it, at once if there is a place."""
         assert entry.job is not None
         execution = Execution(self, entry.job, run)
-        self._of_job.setdefault(run.job, {})[run.key] = execution
+        of_job = self._of_job.get(run.job)
+        if of_job is None:
+            self._of_job[run.job] = [execution]
+        else:
+            of_job.append(execution)
         if len(self._tasks) < self._most:
-            self._begin(execution)
+            self._begin(execution, run.started or run.due)
         else:
             self._ready.append(execution)
 
-    def _begin(self, execution: Execution) -> None:
-        self.figures.started(execution.run, self.wall())
+    def _begin(self, execution: Execution, now: int) -> None:
+        self.figures.started(execution.run, now)
         if self._events.wanted:
             self.told("started", execution.run.job, execution.run)
-        task = asyncio.get_running_loop().create_task(execution())
-        execution.task = task
+        task = execution.task = asyncio.get_running_loop().create_task(execution())
         self._tasks[task] = execution
         task.add_done_callback(self._over)
 
     def _over(self, task: asyncio.Task[None]) -> None:
         execution = self._tasks.pop(task)
         self._forget(execution)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            if not execution.discarded and not execution.recording:  # before its first step
+                self._ledger.post(End(self, execution.run, execution.cut_short()))
+        elif (error := task.exception()) is not None:
             logger.error("job %r: a run ended in an error of the scheduler", execution.run.job, exc_info=error)
             after = execution.cut(RunState.FAILED, "internal", self.wall())
             self._ledger.post(End(self, execution.run, after))
-        elif task.cancelled() and not execution.discarded and not execution.recording:  # before its first step
-            self._ledger.post(End(self, execution.run, execution.cut_short()))
         while self._ready and len(self._tasks) < self._most:
             waiting = self._ready.popleft()
             if waiting.discarded:
                 self._forget(waiting)
             else:
-                self._begin(waiting)
+                self._begin(waiting, self.wall())
 
     def _forget(self, execution: Execution) -> None:
-        of_job = self._of_job.get(execution.run.job, {})
-        if of_job.get(execution.run.key) is execution:
-            del of_job[execution.run.key]
-            if not of_job:
-                del self._of_job[execution.run.job]
+        of_job = self._of_job[execution.run.job]
+        if len(of_job) == 1:
+            del self._of_job[execution.run.job]
+        else:
+            of_job.remove(execution)
 
     async def drain(self, seconds: float) -> None:
         """Let runs end for a while, then cut short the rest: nothing runs when this is over. What waits in the store
@@ -152,8 +156,9 @@ class Runs:
     async def attempted(self, before: Run, after: Run) -> bool:
         return bool(await self._ledger.do(Attempt(after)))
 
-    async def ended(self, before: Run, after: Run) -> None:
-        await self._ledger.settle(End(self, before, after))
+    def ended(self, before: Run, after: Run) -> None:
+        # Not at once: of many that were dispatched together, the last should start before the first is written down.
+        self._ledger.post(End(self, before, after))
 
     async def memory(self, job: str) -> Mapping[str, str]:
         return await self._ledger.store.memory(job)
@@ -246,6 +251,6 @@ class Runs:
         found = await self._ledger.store.runs(
             RunQuery(job=entry.id, states=(RunState.PENDING, RunState.RUNNING), outside_backfills=True, limit=1000)
         )
-        own = self._of_job.get(entry.id, {})
+        own = {execution.run.key for execution in self._of_job.get(entry.id, ())}
         others = [run for run in found if run.key not in keys and run.key not in own and not run.detached]
         await self._ledger.settle(*(Cut(self, run, "overlap") for run in others))

@@ -208,7 +208,7 @@ class CronScheduler:
 
     # ------------------------------------------------------------------------------------ registering
 
-    async def register(self, job: CronJob, *, on_conflict: str = "update") -> CronJobInfo:
+    async def register(self, job: CronJob, *, on_conflict: str = "update") -> None:
         """Start a job: it fires from now on.
 
         An id that the store knows from before is adopted: the same definition changes nothing, another takes its place
@@ -226,17 +226,16 @@ class CronScheduler:
         except BaseException:
             self._registered.discard(checked.id)
             raise
-        return self._info(self._entry(checked.id))
 
-    async def register_all(self, jobs: Iterable[CronJob], *, on_conflict: str = "update") -> list[CronJobInfo]:
+    async def register_all(self, jobs: Iterable[CronJob], *, on_conflict: str = "update") -> None:
         """Start several jobs or none of them. Raises what `register` raises; an `InvalidJob` names the faults of
         all."""
         self._check_open()
-        return await self._register_all(jobs, refuse=on_conflict == "error")
+        await self._register_all(jobs, refuse=on_conflict == "error")
 
     async def _register_all(
         self, jobs: Iterable[CronJob], *, refuse: bool = False, own: Set[str] = frozenset()
-    ) -> list[CronJobInfo]:
+    ) -> None:
         """`own` are ids that may be registered already: those jobs are updated."""
         faults: list[str] = []
         checked: dict[str, tuple[CronJob, bytes]] = {}
@@ -267,7 +266,6 @@ class CronScheduler:
                 if id not in known and id in self._ledger.entries:
                     await self._remove(id, cancel=True)
             raise wrong[0]
-        return [self._info(self._entry(id)) for id in checked]
 
     async def update(self, job: CronJob) -> CronJobInfo:
         """Put another definition in the place of a job's, keeping its counters and the phase of its interval. What runs
@@ -305,11 +303,11 @@ class CronScheduler:
 
     async def register_from_def(
         self, definition: CronJobDef, *, model: str | None = None, package: str | None = None
-    ) -> CronJobInfo:
+    ) -> None:
         """Start a job that a package declares. Raises what `register` raises."""
-        return await self.register(self._from_def(definition, model, package))
+        await self.register(self._from_def(definition, model, package))
 
-    async def register_from_manifest(self, manifest: Manifest, *, model: str | None = None) -> list[CronJobInfo]:
+    async def register_from_manifest(self, manifest: Manifest, *, model: str | None = None) -> None:
         """Start the jobs of a package, all or none, under ids of the form `project:id`, or `model:id` where the target
         has several models. A package that is there already is replaced: jobs that both have are updated and keep
         counters and phase, those that the manifest has no more are removed, also those that the store holds from
@@ -326,7 +324,7 @@ class CronScheduler:
             raise InvalidJob(strangers)
         there_before = package in self._bindings.packages
         try:
-            infos = await self._register_all(jobs, own=own)
+            await self._register_all(jobs, own=own)
         except BaseException:
             if not there_before:
                 self._bindings.packages.discard(package)
@@ -334,7 +332,6 @@ class CronScheduler:
         self._bindings.packages.add(package)
         for id in own - {job.id for job in jobs}:
             await self._remove(id, cancel=False)
-        return infos
 
     async def unregister_package(self, package: str, *, cancel: bool = False) -> list[str]:
         """Forget exactly the jobs that came with a package. Returns their ids."""

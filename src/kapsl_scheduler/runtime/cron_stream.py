@@ -19,9 +19,9 @@ from kapsl_scheduler.core.runs import Firing
 from kapsl_scheduler.errors import Backend, InferenceError, InvalidInput, Overloaded, ResourceExhausted
 from kapsl_scheduler.ports import SinkItem, SinkWriter, SourceItem
 from kapsl_scheduler.runtime.offload import call, in_thread
-from kapsl_scheduler.types import InferenceResponse
+from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
-__all__ = ["RunLost", "Stream", "numbered"]
+__all__ = ["RunLost", "Stream", "numbered", "row_count"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,10 @@ async def numbered(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[S
 class StreamHost(Protocol):
     """The execution that the stream belongs to."""
 
-    @property
-    def progress(self) -> Any: ...
+    requests: int
+    done: float | None
+
+    def add(self, request: Any, response: InferenceResponse | None, rows: int = ...) -> None: ...
     def infer(self, request: Any, *, starts: bool = ...) -> Awaitable[InferenceResponse]: ...
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool: ...
     async def memory(self) -> Mapping[str, str]: ...
@@ -167,14 +169,14 @@ class Stream:
             await self._settle(item, response, None)
 
     async def _settle(self, item: SourceItem, response: InferenceResponse | None, error: Exception | None) -> None:
-        progress = self._host.progress
-        progress.add(item.request, response, _rows(item.request))
-        progress.done = item.progress
+        host = self._host
+        host.add(item.request, response, row_count(item.request))
+        host.done = item.progress
         if error is not None:
             self.failed += 1
             if self.first_error is None:
                 self.first_error, self.first_key = error, item.key
-            if self.failed >= HOPELESS and self.failed == progress.requests and not isinstance(error, InvalidInput):
+            if self.failed >= HOPELESS and self.failed == host.requests and not isinstance(error, InvalidInput):
                 raise error
         if self._keep:
             self.kept.append(response)
@@ -261,8 +263,10 @@ class Stream:
             self._at_work.add_done_callback(lambda _: _unheard(in_thread(close)))
 
 
-def _rows(request: Any) -> int:
-    """Rows of a request: a source's requests carry the batch axis in front."""
+def row_count(request: Any) -> int:
+    """Rows of a request, which has its batch axis in front if it has more than one axis."""
+    if isinstance(request, InferenceRequest):
+        request = request.inputs
     value = next(iter(request.values()), None) if isinstance(request, Mapping) else request
     return int(value.shape[0]) if isinstance(value, np.ndarray) and value.ndim > 1 else 1
 

@@ -140,7 +140,8 @@ class CronApi:
         self._check(job)
         self._check_open()  # it may have begun to close while the body came
         if await self._cron.job_info(id) is None:
-            return self._shown(await self._cron.register(job), 201)
+            await self._cron.register(job)
+            return self._shown(await self._cron.job_info(id), 201)
         return self._shown(await self._cron.update(job))
 
     def _described(self, body: bytes, id: str) -> CronJob:

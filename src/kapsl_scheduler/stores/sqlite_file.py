@@ -141,7 +141,9 @@ class SqliteFile:
         )
         try:
             migrations = load_migrations()
+            connection.execute("BEGIN")  # one look, though another process may be making the file
             self._check_schema(connection, len(migrations))  # before anything is written
+            connection.execute("COMMIT")
             self._use_log(connection)
             # A run that was dispatched must be found again after a power failure, or it would be dispatched twice: each
             # commit waits until the disk has it. On a Mac only a full fsync does so.

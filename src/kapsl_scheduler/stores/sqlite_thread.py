@@ -52,7 +52,8 @@ class SqliteThread:
         self._incoming: SimpleQueue[_Work | None] = SimpleQueue()  # None: nothing comes after it
         self._lock = threading.Lock()
         self._closing = False
-        self._closers: list[_Work] | None = []  # None when it has ended
+        self._ended = False
+        self._closers: list[_Work] = []
         self._thread = threading.Thread(target=self._serve, name=f"kapsl-store {file.path.name}", daemon=True)
         self._thread.start()
 
@@ -80,10 +81,11 @@ class SqliteThread:
             if not self._closing:
                 self._closing = True
                 self._incoming.put(None)
-            if self._closers is None:
-                return
-            self._closers.append(waiter)
-        await waiter.future
+            ended = self._ended
+            if not ended:
+                self._closers.append(waiter)
+        if not ended:
+            await waiter.future
         self._thread.join()  # it has nothing left to do
 
     # -------------------------------------------------------------------------------------- in the thread
@@ -106,8 +108,8 @@ class SqliteThread:
             reads.clear()
         self._file.close()
         with self._lock:
-            closers, self._closers = self._closers or (), None
-        _hand_over(closers)
+            self._ended = True
+        _hand_over(self._closers)
 
     def _write(self, works: Sequence[_Work]) -> None:
         """Do them in one transaction. Where that fails, in one each: what one of them brought is to harm it alone."""

@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Route
 
 from kapsl_scheduler.core.admission import Admission
 from kapsl_scheduler.core.cron import CronExpression
-from kapsl_scheduler.core.jobs import CronJob
+from kapsl_scheduler.core.jobs import CronJob, Named
 from kapsl_scheduler.core.runs import RunState
 from kapsl_scheduler.errors import EngineError, InvalidExpression, InvalidInput, InvalidJob, ModelNotLoaded
 from kapsl_scheduler.ports import is_source
@@ -311,7 +311,8 @@ def misfit(request: Any, info: ModelInfo) -> list[str]:
     """Why a model would refuse what a job sends it each time; nothing where that is made anew by each firing."""
     if isinstance(request, InferenceRequest):
         request = request.inputs
-    if request is None or callable(request) or is_source(request) or not info.inputs:
+    made_anew = callable(request) or isinstance(request, Named) or is_source(request)
+    if request is None or made_anew or not info.inputs:
         return []
     try:
         Admission(info, sys.maxsize).admit(request)

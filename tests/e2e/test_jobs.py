@@ -25,6 +25,7 @@ from tests.e2e.process import DIGITS, Process, build_working_model, run, serving
 pytestmark = pytest.mark.slow
 
 LONG = 400  # turns of the working model: some tenths of a second
+LONGER = 2000
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ async def test_jobs_and_history_outlive_the_server_and_a_signal_records_what_it_
         await client.put_job("night", nightly())
         short = await client.trigger_job("night", "short")
         await until(in_state(client, short["number"], "succeeded"))
-        await client.put_job("night", nightly(LONG))
+        await client.put_job("night", nightly(LONGER))
         await client.pause_job("night", "for now")
         long = await client.trigger_job("night", "long")
         await until(in_state(client, long["number"], "running"))

@@ -24,6 +24,8 @@ __all__ = ["Draft", "Entry", "Intent", "Ledger"]
 
 logger = logging.getLogger(__name__)
 
+ROUND: Final = 128
+"""Intents that are decided before others get the loop: one or two milliseconds."""
 RETRY_FIRST: Final = 0.2
 RETRY_MOST: Final = 2.0
 """Seconds between attempts to write, from the first to the longest wait, while the store fails."""
@@ -207,9 +209,10 @@ class Ledger:
                 await self._sleeper
                 self._sleeper = None
             else:
-                await self._write_all()
+                await self._write_all(gently=True)
 
-    async def _write_all(self) -> None:
+    async def _write_all(self, *, gently: bool = False) -> None:
+        """All that is in the queue; if `gently`, others get the loop between two rounds."""
         self._writing = True
         wait = RETRY_FIRST
         try:
@@ -226,6 +229,8 @@ class Ledger:
                     if self.failing is not None:
                         logger.warning("the store of the cron jobs works again")
                         self.failing, wait = None, RETRY_FIRST
+                    if gently and self._queue:
+                        await asyncio.sleep(0)
         finally:
             self._writing = False
             if self._queue:
@@ -265,7 +270,8 @@ class Ledger:
         drafts: dict[str, Draft] = {}
         full: set[str] = set()  # jobs of which no more goes into this round
         later: list[Intent] = []
-        for intent in self._queue:
+        for _ in range(min(len(self._queue), ROUND)):
+            intent = self._queue.popleft()
             job = intent.job
             draft = drafts.get(job)
             if draft is None:
@@ -282,8 +288,7 @@ class Ledger:
                 intent.fail(error)
             else:
                 draft.intents.append(intent)
-        self._queue.clear()
-        self._queue.extend(later)
+        self._queue.extendleft(reversed(later))
         return drafts.values()
 
     def _committed(self, draft: Draft, result: Committed) -> None:

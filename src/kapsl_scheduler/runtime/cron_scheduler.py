@@ -31,7 +31,7 @@ from kapsl_scheduler.runtime.cron_events import Events
 from kapsl_scheduler.runtime.cron_intents import Define, Fill, Fire, Pause, Remove, Resume, Trigger
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
 from kapsl_scheduler.runtime.cron_metrics import CronStatistics
-from kapsl_scheduler.runtime.cron_runs import Runs
+from kapsl_scheduler.runtime.cron_runs import AT_ONCE, Runs
 from kapsl_scheduler.runtime.cron_views import CronEvent, CronJobInfo, CronRun, job_info, run_view
 from kapsl_scheduler.runtime.cron_watch import Watch
 from kapsl_scheduler.stores.memory import MemoryStore
@@ -192,7 +192,9 @@ class CronScheduler:
     async def _fire(self) -> None:
         while True:
             due = await self._alarm.next()
-            await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due])
+            for first in range(0, len(due), AT_ONCE):
+                await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due[first : first + AT_ONCE]])
+                await asyncio.sleep(0)  # many at a time: others want the loop too
 
     # ------------------------------------------------------------------------------------ registering
 

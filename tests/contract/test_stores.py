@@ -396,6 +396,13 @@ async def test_of_each_job_the_newest_ended_runs_are_kept(store: JobStore) -> No
     await add(store, ended(1))  # what is deleted can come anew
 
 
+async def test_runs_that_ended_later_than_they_were_created_count_as_the_others(store: JobStore) -> None:
+    await add(store, *(run(n) for n in range(4)))
+    await commit(store, updated=tuple(ended(n) for n in range(4) if n != 1))
+    assert await store.prune(keep=1, before=0) == 2
+    assert await nominals(store) == [3, 1]
+
+
 async def test_runs_that_ended_long_ago_are_deleted(store: JobStore) -> None:
     missed = RunState.MISSED
     await add(store, ended(1, ended=50), ended(2, ended=10), ended(3, missed, ended=None, due=9), run(4), ended(5))
@@ -404,6 +411,11 @@ async def test_runs_that_ended_long_ago_are_deleted(store: JobStore) -> None:
     assert await store.prune(keep=10, before=11) == 1
     assert await store.prune(keep=10, before=2**60) == 1
     assert await nominals(store) == [4]
+
+
+async def test_old_runs_count_among_the_newest_that_are_kept(store: JobStore) -> None:
+    await add(store, ended(1, ended=50), ended(2, ended=10))
+    assert await store.prune(keep=1, before=20) == 2  # the first for the number, the second for its age
 
 
 async def test_many_runs_go_and_the_rest_is_still_found(store: JobStore) -> None:
@@ -488,6 +500,8 @@ JOBS = ("a", "b", "ä")
 OWNERS = ("", "p1", "p2")
 ORIGINS = (SCHEDULE, "t1")
 few = st.integers(0, 4)
+jobs = st.sampled_from(JOBS)
+definitions = st.none() | st.binary(max_size=3)
 states = st.builds(JobState, anchor=few, cursor=few, due=few, paused=st.sampled_from(["", "by hand"]))
 memories = st.dictionaries(st.sampled_from(["x", "y"]), st.none() | st.text(max_size=3), max_size=2)
 outcomes = st.sampled_from(RunState)
@@ -504,9 +518,10 @@ any_run = st.fixed_dictionaries(
         "error": st.text(max_size=3),
     }
 )
+new_run = st.builds(lambda fields, **new: {**fields, **new}, any_run, nominal=st.integers(0, 20))
 queries = st.builds(
     RunQuery,
-    job=st.none() | st.sampled_from(JOBS),
+    job=st.none() | jobs,
     states=st.lists(outcomes, max_size=3).map(tuple),
     origin=st.none() | st.sampled_from(ORIGINS),
     owner=st.none() | st.sampled_from(OWNERS),
@@ -534,44 +549,66 @@ class StoreMachine(RuleBasedStateMachine):
     def do(self, call: Any) -> Any:
         return self.runner.run(call)
 
-    @rule(data=st.data(), count=st.sampled_from([1, 1, 1, 2, 3]))
-    def commit(self, data: st.DataObject, count: int) -> None:
-        changes = [self.change(data) for _ in range(count)]
+    def commit(self, *changes: Change) -> None:
         results = self.do(self.store.commit(changes))
-        assert len(results) == count
+        assert len(results) == len(changes)
         for change, result in zip(changes, results, strict=True):
             self.model.check(change, result)
 
-    def change(self, data: st.DataObject) -> Change:
-        """Mostly one that fits; every part of it may be wrong."""
-        job = data.draw(st.sampled_from(JOBS))
+    def version(self, job: str) -> int:
         record = self.model.jobs.get(job)
-        right = record.version if record else 0
+        return record.version if record else 0
+
+    @rule(job=jobs, state=states, definition=definitions, memory=memories)
+    def put_job(self, job: str, state: JobState, definition: bytes | None, memory: dict[str, str | None]) -> None:
+        expected = self.version(job)
+        definition = b"new" if definition is None and not expected else definition
+        self.commit(Change(job=job, expected=expected, state=state, definition=definition, memory=memory))
+
+    @rule(job=jobs, runs=st.lists(new_run, min_size=1, max_size=3))
+    def create_runs(self, job: str, runs: list[dict[str, Any]]) -> None:
+        self.commit(Change(job=job, expected=None, created=tuple(Run(job=job, **fields) for fields in runs)))
+
+    @rule(data=st.data(), count=st.integers(1, 3), fields=any_run)
+    def move_runs(self, data: st.DataObject, count: int, fields: dict[str, Any]) -> None:
+        """Open runs of a job go on or end, as they should."""
+        runs = [run for run in self.model.runs if run.state.open]
+        if not runs:
+            return
+        first = data.draw(st.sampled_from(runs))
+        named = [run for run in runs if (run.job, run.owner) == (first.job, first.owner)][:count]
+        updated = [Run(job=run.job, **{**fields, "nominal": run.nominal, "origin": run.origin}) for run in named]
+        self.commit(Change(job=first.job, expected=None, updated=tuple(updated), taken_from=first.owner))
+
+    @rule(data=st.data(), count=st.sampled_from([1, 2, 3]))
+    def commit_anything(self, data: st.DataObject, count: int) -> None:
+        self.commit(*[self.anything(data) for _ in range(count)])
+
+    def anything(self, data: st.DataObject) -> Change:
+        """Any part of it may stand in its way."""
+        job = data.draw(jobs)
+        right = self.version(job)
         expected = data.draw(st.sampled_from([right, right, right, None, 0, max(right - 1, 0)]))
         state = data.draw(st.none() | states)
-        definition = data.draw(st.none() | st.binary(max_size=3))
+        definition = data.draw(definitions)
         remove = data.draw(st.sampled_from([False, False, False, True]))
         if expected is None:
             state, definition, remove = None, None, False
         elif expected == 0 and (state is None or definition is None):
             state, definition = STATE, b"{}"
-        created = [Run(job=job, **fields) for fields in data.draw(st.lists(any_run, max_size=2))]
-        updated = []
-        open_runs = [run for run in self.model.runs if run.state.open and run.job == job]
-        for fields in data.draw(st.lists(any_run, max_size=2)):
-            if open_runs and data.draw(st.sampled_from([True, True, False])):
-                before = data.draw(st.sampled_from(open_runs))
-                fields = {**fields, "nominal": before.nominal, "origin": before.origin}
-                fields["owner"] = data.draw(st.sampled_from([before.owner, fields["owner"]]))
-            updated.append(Run(job=job, **fields))
+        known = [run for run in self.model.runs if run.job == job]
+        updated = data.draw(st.lists(any_run, max_size=2))
+        for fields in updated if known else ():
+            before = data.draw(st.sampled_from(known))
+            fields.update(nominal=before.nominal, origin=before.origin)
         return Change(
             job=job,
             expected=expected,
             state=state,
             definition=definition,
             remove=remove,
-            created=tuple(created),
-            updated=tuple(updated),
+            created=tuple(Run(job=job, **fields) for fields in data.draw(st.lists(new_run, max_size=2))),
+            updated=tuple(Run(job=job, **fields) for fields in updated),
             taken_from=data.draw(st.sampled_from([None, *OWNERS])),
             memory=data.draw(memories),
         )
@@ -585,19 +622,18 @@ class StoreMachine(RuleBasedStateMachine):
         expected = [self.model.jobs[job] for job in JOBS if job in self.model.jobs and job in ids]
         assert self.do(self.store.jobs(ids)) == expected
 
-    @rule(keep=few, before=few)
+    @rule(keep=few, before=st.sampled_from([0, 0, 1, 3]))
     def prune(self, keep: int, before: int) -> None:
         assert self.do(self.store.prune(keep=keep, before=before)) == self.model.prune(keep, before)
 
-    @rule(owner=st.sampled_from(OWNERS))
-    def beat(self, owner: str) -> None:
-        self.do(self.store.beat(owner))
-        self.model.beats[owner] = self.model.beats.get(owner, 0) + 1
-
-    @rule(owner=st.sampled_from(OWNERS))
-    def forget(self, owner: str) -> None:
-        self.do(self.store.forget(owner))
-        self.model.beats.pop(owner, None)
+    @rule(owner=st.sampled_from(OWNERS), lives=st.booleans())
+    def beat(self, owner: str, lives: bool) -> None:
+        if lives:
+            self.do(self.store.beat(owner))
+            self.model.beats[owner] = self.model.beats.get(owner, 0) + 1
+        else:
+            self.do(self.store.forget(owner))
+            self.model.beats.pop(owner, None)
 
     @rule(compact=st.booleans())
     def open_again(self, compact: bool) -> None:

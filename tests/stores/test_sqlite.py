@@ -389,6 +389,31 @@ async def test_opening_fails_whole_where_the_file_vanishes_between(path: Path, c
         assert await nominals(store) == []
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_is_not_in_its_place_is_told_until_it_is_back(
+    path: Path, connections: Connections, replaced: bool
+) -> None:
+    away, other = path.with_name("away.db"), path.with_name("other.db")
+    await filled(other, runs=1)
+    before = contents(other)
+    async with Opened(path) as store:
+        await store.commit([creation(run(1))])
+        os.rename(path, away)
+        if replaced:
+            os.rename(other, path)
+        with pytest.raises(StoreError, match=r"moved, replaced or deleted while it was open: put it back"):
+            await store.commit([creation(run(2))])
+        connections.faults["SELECT"] = [sqlite_error(sqlite3.SQLITE_IOERR)]
+        with pytest.raises(StoreError, match="the disk failed"):
+            await store.runs(RunQuery())
+        with pytest.raises(StoreError, match="moved, replaced or deleted"):  # and not opened anew
+            await store.runs(RunQuery())
+        assert (contents(path) == before) if replaced else ("jobs.db" not in files(path.parent))
+        os.replace(away, path)
+        await store.commit([creation(run(2))])
+        assert await nominals(store) == [1, 2]
+
+
 # ----------------------------------------------------------------------------- what shares a transaction
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from benchmarks import digits, flood, micro, overload, queue10k, serial, store
+from benchmarks import cron_next, digits, flood, micro, overload, queue10k, serial, store
 from benchmarks.devices import DIGITS
 from benchmarks.loops import LOOPS
 from benchmarks.machine import ROOT, Neighbours
@@ -29,10 +29,11 @@ SUITES: Final[dict[str, tuple[Callable[[Any], Report], Any]]] = {
     "queue10k": (queue10k.run, queue10k.Options()),
     "overload": (overload.run, overload.Options()),
     "store": (store.run, store.Options()),
+    "cron-next": (cron_next.run, cron_next.Options()),
 }
 """How each suite is run, and its options where the command line gives none."""
 
-QUICK: Final[dict[str, Any]] = {"rounds": 1, "repeats": 5, "cycles": 3, "seconds": 0.5, "warmup": 0.2}
+QUICK: Final[dict[str, Any]] = {"rounds": 1, "repeats": 5, "cycles": 3, "seconds": 0.5, "warmup": 0.2, "year_days": 1.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in [*SUITES, "all"]:
-        summary = "every suite" if name == "all" else (sys.modules[f"benchmarks.{name}"].__doc__ or "").split("\n")[0]
+        summary = (
+            "every suite" if name == "all" else (sys.modules[SUITES[name][0].__module__].__doc__ or "").split("\n")[0]
+        )
         _add_suite(commands.add_parser(name, help=summary), name)
     comparison = commands.add_parser("compare", help="two runs of a suite: after over before, worst change first")
     comparison.add_argument("before", type=Path)
@@ -140,7 +143,10 @@ def _add_suite(suite: argparse.ArgumentParser, name: str) -> None:
     suite.add_argument("--rounds", type=int, help="interleaved rounds; their median is reported")
     if "seconds" in fields:
         suite.add_argument("--seconds", type=float, help="of one trial")
+    if "warmup" in fields:
         suite.add_argument("--warmup", type=float, help="seconds before each trial")
+    if "year_days" in fields:
+        suite.add_argument("--year-days", type=float, help="how much of a year is simulated")
     if {"loop", "loops"} & fields:
         suite.add_argument("--loops", type=_names, help=f"of {','.join(LOOPS)}; a suite on one loop takes the first")
     if "callers" in fields:

@@ -24,7 +24,7 @@ from benchmarks.stats import percentile
 from kapsl_scheduler import BatchPolicy, Priority, Scheduler
 from kapsl_scheduler.types import Array
 
-__all__ = ["Options", "flood_share", "run"]
+__all__ = ["FLOOD_ROW", "Options", "flood_share", "live_latencies", "run"]
 
 LIVE_ROW: Final = np.ones((1, 1))
 FLOOD_ROW: Final = np.zeros((1, 1))
@@ -144,10 +144,10 @@ async def _trial(case: _Case, flooders: int, options: Options, overshoot: float,
     async with Scheduler([device.engine(1)], batch=case.batch) as scheduler, asyncio.TaskGroup() as group:
         for _ in range(flooders):
             group.create_task(_flooder(scheduler, case.flood, flag))
-        await _live(scheduler, options, options.warmup, seed=seed + 1000)
+        await live_latencies(scheduler, options, options.warmup, seed=seed + 1000)
         start = time.perf_counter()
         with LoopWatch() as watch:
-            latencies = await _live(scheduler, options, options.seconds, seed=seed)
+            latencies = await live_latencies(scheduler, options, options.seconds, seed=seed)
         stop = time.perf_counter()
         flag.running = False
     calls = [call for call in device.calls if start <= call.start and call.stop <= stop]
@@ -188,7 +188,7 @@ async def _flooder(scheduler: Scheduler, priority: Priority, flag: Flag) -> None
         await scheduler.infer(FLOOD_ROW, priority=priority)
 
 
-async def _live(scheduler: Scheduler, options: Options, seconds: float, *, seed: int) -> list[float]:
+async def live_latencies(scheduler: Scheduler, options: Options, seconds: float, *, seed: int) -> list[float]:
     """Live latencies in seconds, over that many seconds."""
     rng = np.random.default_rng(seed)
     if options.live == "poisson":

@@ -167,7 +167,19 @@ def _draw_store(report: Report, plt: Any) -> Any:
     return figure
 
 
+def _draw_cron(report: Report, plt: Any) -> Any:
+    rates = _of(report, "rate")
+    contenders = _distinct(rates, "contender")
+    figure, grid = plt.subplots(1, len(contenders), figsize=(5 * len(contenders), 3.4), squeeze=False)
+    for axes, contender in zip(grid[0], contenders, strict=True):
+        colours = dict.fromkeys(_distinct(rates, "kind"), _OTHERS if contender == "APScheduler 3" else _OURS)
+        _bars(axes, _of(report, "rate", contender=contender), "kind", colours.__getitem__)
+        axes.set_title(f"{contender}: next/s", fontsize=9)
+    return figure
+
+
 _DRAWINGS: Final[dict[str, Callable[[Report, Any], Any]]] = {
+    "cron-next": _draw_cron,
     "digits": _draw_digits,
     "flood": _draw_flood,
     "micro": _draw_micro,

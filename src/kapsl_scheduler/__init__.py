@@ -5,21 +5,43 @@ Engines are in `kapsl_scheduler.engines`, fakes and virtual time for tests in `k
 
 from kapsl_scheduler.core.admission import RequestProfile, determine_priority
 from kapsl_scheduler.core.batch import BatchPolicy
+from kapsl_scheduler.core.cron import CronExpression, Interval
+from kapsl_scheduler.core.jobs import (
+    Coalesce,
+    CronJob,
+    CronOverflowPolicy,
+    Exclusion,
+    FiringPolicy,
+    Named,
+    OnInterrupt,
+    Overlap,
+    RunPolicy,
+)
 from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
+from kapsl_scheduler.core.runs import Firing, RunState
 from kapsl_scheduler.errors import (
     Backend,
     Cancelled,
+    CronError,
     DeadlineExceeded,
+    DuplicateId,
     EngineError,
     InferenceError,
+    InvalidExpression,
     InvalidInput,
+    InvalidJob,
     InvalidPackage,
     ModelLoadError,
     ModelNotLoaded,
+    NotFound,
     Overloaded,
     ResourceExhausted,
+    StoreError,
     Unavailable,
 )
+from kapsl_scheduler.runtime.cron_metrics import CronStatistics
+from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
+from kapsl_scheduler.runtime.cron_views import CronEvent, CronJobInfo, CronRun
 from kapsl_scheduler.runtime.metrics import SchedulerHealth, SchedulerStatistics
 from kapsl_scheduler.runtime.scheduler import Scheduler
 from kapsl_scheduler.runtime.sync import SyncScheduler
@@ -37,17 +59,38 @@ __all__ = [
     "Backend",
     "BatchPolicy",
     "Cancelled",
+    "Coalesce",
+    "CronError",
+    "CronEvent",
+    "CronExpression",
+    "CronJob",
+    "CronJobInfo",
+    "CronOverflowPolicy",
+    "CronRun",
+    "CronScheduler",
+    "CronStatistics",
     "DeadlineExceeded",
+    "DuplicateId",
     "EngineError",
     "EngineMetrics",
+    "Exclusion",
+    "Firing",
+    "FiringPolicy",
     "InferenceError",
     "InferenceRequest",
     "InferenceResponse",
+    "Interval",
+    "InvalidExpression",
     "InvalidInput",
+    "InvalidJob",
     "InvalidPackage",
     "ModelInfo",
     "ModelLoadError",
     "ModelNotLoaded",
+    "Named",
+    "NotFound",
+    "OnInterrupt",
+    "Overlap",
     "Overloaded",
     "Priority",
     "QueueOverflowPolicy",
@@ -55,9 +98,12 @@ __all__ = [
     "RequestMetadata",
     "RequestProfile",
     "ResourceExhausted",
+    "RunPolicy",
+    "RunState",
     "Scheduler",
     "SchedulerHealth",
     "SchedulerStatistics",
+    "StoreError",
     "SyncScheduler",
     "TensorSpec",
     "Unavailable",

@@ -32,6 +32,7 @@ __all__ = [
     "Source",
     "SourceItem",
     "Stale",
+    "is_source",
 ]
 
 
@@ -163,7 +164,7 @@ class CronTarget(Protocol):
 # ---------------------------------------------------------------------------------------------- cron: store
 
 
-class Committed(msgspec.Struct, frozen=True):
+class Committed(msgspec.Struct, gc=False, frozen=True):
     """The change was written. `version` is the job's now; 0 where the job was left as it is, or removed.
     `numbers` are those that the created runs were given."""
 
@@ -266,14 +267,20 @@ class JobStore(Protocol):
 
 class SourceItem(msgspec.Struct, frozen=True):
     """One request of a source. `key` says where it came from, for people. `marks` are what the source wants remembered
-    once this item and all before it are delivered (None: forget that key)."""
+    once this item and all before it are delivered (None: forget that key).
+
+    Where `error` is set there is no request (it is None): this row or file cannot be read. It goes to the sink in its
+    turn, as a failed item, and its marks count as those of others. `progress` is how much of what the firing found to
+    do lies behind once this item is delivered, from 0 to 1; None where the source cannot say.
+    """
 
     request: Any
     key: str
     marks: Mapping[str, str | None] = {}
+    error: Exception | None = None
+    progress: float | None = None
 
 
-@runtime_checkable
 class Source(Protocol):
     """Where a firing's requests come from. Its settings are its fields (a `msgspec.Struct` with a tag), so that a job
     can be stored; it holds nothing else.
@@ -285,6 +292,12 @@ class Source(Protocol):
     def items(self, firing: Firing, memory: Mapping[str, str]) -> Iterator[SourceItem]: ...
 
 
+def is_source(value: Any) -> bool:
+    """Whether a job's request is a source: a mapping of inputs has `items` too. (An `isinstance` of a protocol costs
+    more than all else that a firing does.)"""
+    return hasattr(value, "items") and not isinstance(value, Mapping)
+
+
 class SinkItem(msgspec.Struct, frozen=True):
     """What became of one request: its answer, or its error. `key` is the source's, else its number in the firing."""
 
@@ -293,6 +306,7 @@ class SinkItem(msgspec.Struct, frozen=True):
     error: Exception | None = None
 
 
+@runtime_checkable
 class SinkWriter(Protocol):
     """The results of one attempt of a run, in the order of its requests. All calls run in a thread, one at a time."""
 
@@ -306,7 +320,6 @@ class SinkWriter(Protocol):
         `flush` may be lost, but nothing that was flushed."""
 
 
-@runtime_checkable
 class Sink(Protocol):
     """Where a firing's answers go. Its settings are its fields, as with a source.
 

@@ -92,6 +92,7 @@ SHORT = {
     ],
     "queue10k": ["--loops", "asyncio"],
     "store": ["--callers", "1,8", "--jobs", "100", "--seconds", "0.1"],
+    "cron-next": [],
 }
 
 

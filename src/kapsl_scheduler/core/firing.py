@@ -15,7 +15,7 @@ import msgspec
 
 from kapsl_scheduler.core.cron import CronExpression, Interval
 from kapsl_scheduler.core.jobs import MAX_ALL, Coalesce, CronJob, Exclusion, FiringPolicy, Overlap, micros
-from kapsl_scheduler.core.runs import JobState, Run, RunState, booked
+from kapsl_scheduler.core.runs import SCHEDULE, JobState, Run, RunState, booked
 
 __all__ = ["Plan", "Timetable", "missed_since", "place", "plan", "startable"]
 
@@ -27,7 +27,7 @@ MAX_BUFFERED: Final = 100
 class Timetable:
     """The occurrences of a job: its schedule within start and end, without the exclusions, and the job's delay."""
 
-    __slots__ = ("_exclude", "_high", "_low", "delay", "schedule")
+    __slots__ = ("_asked", "_exclude", "_found", "_high", "_low", "delay", "schedule")
 
     def __init__(self, job: str, schedule: CronExpression | Interval, policy: FiringPolicy) -> None:
         self.schedule = schedule
@@ -35,16 +35,30 @@ class Timetable:
         self._high = None if policy.end is None else micros(policy.end)
         self._exclude = _merged(policy.exclude) if policy.exclude else ()
         self.delay = _delay(job, policy.spread) if policy.spread else 0
+        self._asked: int | None = None  # what `next` was asked last, and what it found: planning asks it again
+        self._found: int | None = None
+
+    @classmethod
+    def of(cls, job: CronJob, anchor: int) -> Timetable:
+        """A checked job's; an interval without an anchor of its own gets this one."""
+        schedule = job.schedule
+        if isinstance(schedule, Interval):
+            schedule = schedule.anchored(anchor)
+        assert isinstance(schedule, CronExpression | Interval)
+        return cls(job.id, schedule, job.firing)
 
     def next(self, after: int) -> int | None:
         """The first occurrence strictly after a moment."""
-        if self._low is not None:
-            after = max(after, self._low - 1)
-        nominal = self.schedule.next_us(after)
+        if after == self._asked:
+            return self._found
+        nominal = self.schedule.next_us(after if self._low is None else max(after, self._low - 1))
         for start, end in self._exclude:
             if nominal is not None and start <= nominal < end:
                 nominal = self.schedule.next_us(end - 1)
-        return None if nominal is None or (self._high is not None and nominal >= self._high) else nominal
+        if nominal is not None and self._high is not None and nominal >= self._high:
+            nominal = None
+        self._asked, self._found = after, nominal
+        return nominal
 
     def previous(self, before: int) -> int | None:
         """The last occurrence strictly before a moment."""
@@ -103,7 +117,7 @@ def _merged(exclusions: tuple[Exclusion, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, gc=False, frozen=True):
     """What is to be recorded: the new books, and new runs, those that are `RUNNING` to be dispatched.
 
     `cancel_others`: what of the job runs or waits now is to be cancelled first (and booked by whoever does it). `next`
@@ -133,27 +147,37 @@ def plan(job: CronJob, timetable: Timetable, state: JobState, now: int, owner: s
     if (due := timetable.due(following)) > now:
         return Plan(state, next=following, due=due)
     last, following = following, timetable.next(following)
-    several = following is not None and timetable.due(following) <= now
+    following_due = None if following is None else timetable.due(following)
+    several = following_due is not None and following_due <= now
     if several:
         last = timetable.last_due(now) or last
         following = timetable.next(last)
+        following_due = None if following is None else timetable.due(following)
     chosen = _chosen(timetable, policy, state.cursor, last, several, now)
     if room is not None and len(chosen) >= room:
         del chosen[room:]
-        last, following = chosen[-1], None  # what would come after the last run is no occurrence
+        last, following, following_due = chosen[-1], None, None  # what would come after the last run is no occurrence
+    cancels = policy.overlap is Overlap.CANCEL_OTHER and state.running + state.waiting > 0 and len(chosen) > 0
+    if chosen and not several:  # as nearly always
+        met = _meet(policy, state.running, state.waiting)
+        run = _run(job.id, last, SCHEDULE, met, due, now, owner)
+        return Plan(booked(state, None, run, cursor=last), (run,), cancels, following, following_due)
     runs: list[Run] = []
-    others = _Others(policy, state)
     done = state.cursor
     for nominal in chosen:
-        runs.extend(_missed(job.id, timetable, policy, done, nominal - 1, now))
-        runs.append(others.meet(job.id, nominal, timetable.due(nominal), now, owner))
+        for run in _missed(job.id, timetable, policy, done, nominal - 1, now):
+            runs.append(run)
+            state = booked(state, None, run)
+        met = _meet(policy, state.running, state.waiting)
+        run = _run(job.id, nominal, SCHEDULE, met, timetable.due(nominal), now, owner)
+        runs.append(run)
+        state = booked(state, None, run)
         done = nominal
-    runs.extend(_missed(job.id, timetable, policy, done, last, now))
-    for run in runs:
-        state = booked(state, None, run, cursor=last)
-    return Plan(
-        state, tuple(runs), others.cancelled, following, None if following is None else timetable.due(following)
-    )
+    for run in _missed(job.id, timetable, policy, done, last, now):
+        runs.append(run)
+        state = booked(state, None, run)
+    state = msgspec.structs.replace(state, cursor=last)
+    return Plan(state, tuple(runs), cancels, following, following_due)
 
 
 def missed_since(
@@ -169,13 +193,15 @@ def missed_since(
 
 def _chosen(timetable: Timetable, policy: FiringPolicy, cursor: int, last: int, several: bool, now: int) -> list[int]:
     """The occurrences after `cursor` up to `last` that may run, in order."""
+    if not several and policy.misfire_grace is None and policy.coalesce is not Coalesce.SKIP:
+        return [last]
     earliest = now - (SECOND if policy.coalesce is Coalesce.SKIP else _grace(policy, now))
     if timetable.due(last) < earliest:
         return []
     if not several or policy.coalesce in (Coalesce.LATEST, Coalesce.SKIP):
         return [last]
     if policy.coalesce is Coalesce.ALL:
-        chosen = []
+        chosen: list[int] = []
         nominal: int | None = last
         while nominal is not None and nominal > cursor and len(chosen) < MAX_ALL and timetable.due(nominal) >= earliest:
             chosen.append(nominal)
@@ -220,48 +246,38 @@ def _range(job: str, timetable: Timetable, after: int, until: int, now: int, rea
     )
 
 
-class _Others:
-    """What a new run meets: the job's open runs, those of the same plan among them."""
+def _meet(policy: FiringPolicy, running: int, waiting: int) -> RunState:
+    """What becomes of a new run by the overlap policy, with so many of its job running and waiting."""
+    overlap = policy.overlap
+    if overlap is Overlap.CANCEL_OTHER:
+        return RunState.RUNNING
+    if not waiting and running < ((policy.max_running or 1) if overlap is Overlap.ALLOW else 1):
+        return RunState.RUNNING
+    if overlap is Overlap.BUFFER_ONE:
+        return RunState.SKIPPED if waiting else RunState.PENDING
+    if overlap is Overlap.BUFFER_ALL:
+        return RunState.PENDING if waiting < (policy.max_buffered or MAX_BUFFERED) else RunState.SKIPPED
+    return RunState.SKIPPED
 
-    def __init__(self, policy: FiringPolicy, state: JobState) -> None:
-        self.policy = policy
-        self.running = state.running
-        self.waiting = state.waiting
-        self.cancelled = False
 
-    def meet(self, job: str, nominal: int, due: int, now: int, owner: str, origin: str = "schedule") -> Run:
-        """The record of a run by the job's overlap policy."""
-        state, reason = self._outcome()
-        if state is RunState.RUNNING:
-            self.running += 1
-            return Run(
-                job=job, nominal=nominal, origin=origin, state=state, first=nominal, due=due, started=now, owner=owner
-            )
-        if state is RunState.PENDING:
-            self.waiting += 1
-            return Run(job=job, nominal=nominal, origin=origin, state=state, first=nominal, due=due)
+def _run(job: str, nominal: int, origin: str, state: RunState, due: int, now: int, owner: str) -> Run:
+    """The record of a run that has just come to be."""
+    if state is RunState.RUNNING:
         return Run(
-            job=job, nominal=nominal, origin=origin, state=state, first=nominal, due=due, reason=reason, ended=now
+            job=job, nominal=nominal, origin=origin, state=state, first=nominal, due=due, started=now, owner=owner
         )
-
-    def _outcome(self) -> tuple[RunState, str]:
-        overlap = self.policy.overlap
-        if overlap is Overlap.CANCEL_OTHER:
-            self.cancelled = self.running + self.waiting > 0
-            self.running = self.waiting = 0
-            return RunState.RUNNING, ""
-        at_a_time = (self.policy.max_running or 1) if overlap is Overlap.ALLOW else 1
-        if self.running < at_a_time and not self.waiting:
-            return RunState.RUNNING, ""
-        keeps = {Overlap.BUFFER_ONE: 1, Overlap.BUFFER_ALL: self.policy.max_buffered or MAX_BUFFERED}.get(overlap, 0)
-        return (RunState.PENDING, "") if self.waiting < keeps else (RunState.SKIPPED, "overlap")
+    if state is RunState.PENDING:
+        return Run(job=job, nominal=nominal, origin=origin, state=state, first=nominal, due=due)
+    return Run(
+        job=job, nominal=nominal, origin=origin, state=state, first=nominal, due=due, reason="overlap", ended=now
+    )
 
 
 def place(job: CronJob, state: JobState, origin: str, now: int, owner: str = "") -> Plan:
     """A run that somebody asked for now, outside the schedule, under the job's overlap policy."""
-    others = _Others(job.firing, state)
-    run = others.meet(job.id, now, now, now, owner, origin)
-    return Plan(booked(state, None, run), (run,), others.cancelled)
+    run = _run(job.id, now, origin, _meet(job.firing, state.running, state.waiting), now, now, owner)
+    cancels = job.firing.overlap is Overlap.CANCEL_OTHER and state.running + state.waiting > 0
+    return Plan(booked(state, None, run), (run,), cancels)
 
 
 def startable(state: JobState) -> list[tuple[str | None, int]]:

@@ -178,6 +178,7 @@ class CronJob(msgspec.Struct, frozen=True, eq=False):
     sink: Any = None
     force_cpu: bool = False
     model: str | None = None
+    package: str | None = None
     tz: str | dt.tzinfo = "UTC"
     firing: FiringPolicy = _DEFAULT_FIRING
     run: RunPolicy = _DEFAULT_RUN
@@ -242,9 +243,9 @@ def _number(policy: Any, name: str, faults: list[str], *, least: float = 0.0, ab
     value = getattr(policy, name)
     if value is None:
         return
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        if value > least or (value == least and not above):
-            return
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if number and (value > least or (value == least and not above)):
+        return
     faults.append(
         f"{name}: expected {'more than' if above else 'at least'} {least:g} seconds, got {reprlib.repr(value)}"
     )
@@ -303,5 +304,4 @@ def _check_run(policy: RunPolicy, overflow: CronOverflowPolicy | None, faults: l
         _count(policy, name, faults)
     if policy.block_timeout is not None and overflow is CronOverflowPolicy.SKIP_IF_BUSY:
         faults.append("block_timeout: means something only with overflow_policy=block")
-    if not isinstance(policy.on_interrupt, OnInterrupt):
-        faults.append(f"on_interrupt: expected record or resume, got {reprlib.repr(policy.on_interrupt)}")
+    _member(OnInterrupt, policy.on_interrupt, "on_interrupt", faults)

@@ -43,15 +43,12 @@ class RunState(enum.Enum):
     CANCELLED = "cancelled"
     INTERRUPTED = "interrupted"
 
-    @property
-    def open(self) -> bool:
-        return self in _OPEN
+    def __init__(self, word: str) -> None:
+        self.open = word in ("pending", "running")  # not by looking members up in a set: that hashes them, slowly
+        self.field = "waiting" if word == "pending" else word  # of the books
 
 
-_OPEN: Final = frozenset((RunState.PENDING, RunState.RUNNING))
-
-
-class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Run(msgspec.Struct, gc=False, frozen=True, kw_only=True, omit_defaults=True):
     """One due run: (job, nominal, origin) names it for ever.
 
     `count` occurrences from `first` to `nominal` share one record where none of them ran (missed after a stall); else
@@ -92,7 +89,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.job, self.nominal, self.origin
 
 
-class LastRun(msgspec.Struct, frozen=True):
+class LastRun(msgspec.Struct, gc=False, frozen=True):
     """How a job's last run ended, as far as listings show it."""
 
     nominal: int
@@ -102,7 +99,7 @@ class LastRun(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-class Backfill(msgspec.Struct, frozen=True):
+class Backfill(msgspec.Struct, gc=False, frozen=True):
     """The open runs of one backfill, of which `limit` may run at a time."""
 
     limit: int
@@ -110,7 +107,7 @@ class Backfill(msgspec.Struct, frozen=True):
     waiting: int = 0
 
 
-class JobState(msgspec.Struct, frozen=True, omit_defaults=True):
+class JobState(msgspec.Struct, gc=False, frozen=True, omit_defaults=True):
     """A job's books and its place on its schedule.
 
     Every occurrence up to `cursor` has been decided. `anchor` is the phase of intervals. `paused` is why it is paused,
@@ -149,7 +146,7 @@ class JobState(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.due == ended + self.pending
 
 
-class Firing(msgspec.Struct, frozen=True):
+class Firing(msgspec.Struct, gc=False, frozen=True):
     """What a job's callables, sources and sinks are told of a run. `nominal` is the time on the schedule."""
 
     job: str
@@ -158,7 +155,7 @@ class Firing(msgspec.Struct, frozen=True):
     attempt: int
 
 
-class JobRecord(msgspec.Struct, frozen=True):
+class JobRecord(msgspec.Struct, gc=False, frozen=True):
     """A job as a store keeps it: its definition as text (`core.definition`), its books, and the version of both, which
     rises with every change and is never used twice."""
 
@@ -168,7 +165,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     version: int
 
 
-class Change(msgspec.Struct, frozen=True, kw_only=True):
+class Change(msgspec.Struct, gc=False, frozen=True, kw_only=True):
     """What is to be written about one job, all or nothing.
 
     `expected` is the version of the job that the decision was made on: 0 where it was not there, None to leave the job
@@ -214,36 +211,42 @@ def repeated(runs: Sequence[Run]) -> Run | None:
 def booked(state: JobState, before: Run | None, after: Run, **changes: Any) -> JobState:
     """The books after a run came to be (`before` is None) or went from one state to another, with `changes` of other
     fields."""
+    now = after.state
+    if now is RunState.RUNNING and before is None and after.origin == SCHEDULE:  # as nearly always
+        return msgspec.structs.replace(
+            state,
+            due=state.due + 1,
+            running=state.running + 1,
+            fired=state.fired + 1,
+            scheduled=state.scheduled + 1,
+            **changes,
+        )
     if before is None:
         changes["due"] = state.due + after.count
-    elif before.state is after.state:
+        if now.open and after.origin == SCHEDULE:
+            changes["scheduled"] = state.scheduled + 1
+    elif before.state is now:
         return msgspec.structs.replace(state, **changes) if changes else state
     else:
         _tally(state, changes, before, -1)
     _tally(state, changes, after, 1)
-    now = after.state
     if now is RunState.RUNNING:
         changes["fired"] = state.fired + 1
-    if before is None and after.origin == SCHEDULE and now in _OPEN:
-        changes["scheduled"] = changes.get("scheduled", state.scheduled) + 1
-    if now not in _OPEN:
-        if now is RunState.FAILED:
+    elif now is not RunState.PENDING:
+        if now is RunState.SUCCEEDED:
+            if state.failures:
+                changes["failures"] = 0
+        elif now is RunState.FAILED:
             changes["failures"] = state.failures + 1
-        elif now is RunState.SUCCEEDED:
-            changes["failures"] = 0
         changes["last"] = LastRun(after.nominal, now, after.ended or after.due, after.started, after.reason)
     return msgspec.structs.replace(state, **changes)
 
 
 def _tally(state: JobState, changes: dict[str, Any], run: Run, by: int) -> None:
     """Count a run in or out of the field that its state belongs to."""
-    if run.state not in _OPEN:
-        field = run.state.value
+    field = run.state.field
+    if not run.limit or not run.state.open:
         changes[field] = changes.get(field, getattr(state, field)) + by * run.count
-        return
-    field = "running" if run.state is RunState.RUNNING else "waiting"
-    if not run.limit:
-        changes[field] = changes.get(field, getattr(state, field)) + by
         return
     backfills = dict(changes.get("backfills", state.backfills))
     backfill = backfills.get(run.origin) or Backfill(run.limit)

@@ -60,6 +60,14 @@ class Histogram:
                 self._kept = self._sorted()
                 self._fresh_count = 0
 
+    def add(self, seconds: float) -> None:
+        """Add one duration."""
+        self._kept.fresh.append(([-seconds], 0.0))
+        self._fresh_count += 1
+        if self._fresh_count >= _BULK:
+            self._kept = self._sorted()
+            self._fresh_count = 0
+
     @property
     def counts(self) -> list[int]:
         return [int(count) for count in self._sorted().counts]

@@ -78,29 +78,31 @@ class MemoryStore:
         if expected is not None and expected != (0 if record is None else record.version):
             return Stale(record)
         created, updated = change.created, change.updated
-        replaced: list[Run] = []
         if created and (obstacle := self._existing(created)) is not None:
             return Exists(obstacle)
-        for run in updated:
-            number = self._by_key.get((run.job, run.nominal, run.origin))
-            before = None if number is None else self._runs[number]
-            if before is None or before.number not in self._open or before.owner not in (run.owner, change.taken_from):
-                return Stale(record)
-            replaced.append(before)
-        if len(updated) > 1 and repeated(updated) is not None:
+        replaced = [self._replaceable(run, change.taken_from) for run in updated]
+        if 0 in replaced or (len(updated) > 1 and repeated(updated) is not None):
             return Stale(record)
         # From here on nothing stands in its way: it is written whole.
         version = 0 if expected is None else self._replace_job(change, record)
         if change.memory and job in self._jobs:
             self._remember(change)
-        for run, before in zip(updated, replaced, strict=True):
-            self._update(run, before)
-        return Committed(version, tuple([self._create(run) for run in created]))
+        for run, number in zip(updated, replaced, strict=True):
+            self._update(run, number)
+        return Committed(version, tuple([self._create(run) for run in created]) if created else ())
+
+    def _replaceable(self, run: Run, taken_from: str | None) -> int:
+        """The number of the open run that this one may replace; 0 if there is none."""
+        number = self._by_key.get((run.job, run.nominal, run.origin), 0)
+        if number not in self._open:
+            return 0
+        owner = self._runs[number].owner
+        return number if owner == run.owner or owner == taken_from else 0
 
     def _existing(self, created: Sequence[Run]) -> Run | None:
         for run in created:
-            if (number := self._by_key.get((run.job, run.nominal, run.origin))) is not None:
-                return self._runs[number]
+            if (run.job, run.nominal, run.origin) in self._by_key:
+                return self._runs[self._by_key[run.key]]
         return repeated(created) if len(created) > 1 else None
 
     def _replace_job(self, change: Change, record: JobRecord | None) -> int:
@@ -143,21 +145,18 @@ class MemoryStore:
             self._open[number] = None
             history.open += 1
         else:
-            self._note_end(run)
+            self._note_end(run, number)
         return number
 
-    def _update(self, run: Run, before: Run) -> None:
-        number = before.number
-        if run.number != number:
-            run = msgspec.structs.replace(run, number=number)
-        self._runs[number] = run
+    def _update(self, run: Run, number: int) -> None:
+        self._runs[number] = run if run.number == number else msgspec.structs.replace(run, number=number)
         if not run.state.open:
             del self._open[number]
             self._histories[run.job].open -= 1
-            self._note_end(run)
+            self._note_end(run, number)
 
-    def _note_end(self, run: Run) -> None:
-        end = (run.due if run.ended is None else run.ended, run.number)
+    def _note_end(self, run: Run, number: int) -> None:
+        end = (run.due if run.ended is None else run.ended, number)
         if not self._ends or end >= self._ends[-1]:
             self._ends.append(end)
         else:

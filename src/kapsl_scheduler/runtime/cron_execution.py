@@ -1,0 +1,339 @@
+"""One dispatched run: its attempts, one after another, until it has ended.
+
+An attempt asks the condition, gets its requests, sends them, hands out the answers. What is not here: when a run is
+dispatched (`runtime.cron_scheduler`), what is written about it (`runtime.cron_intents`), the threads of somebody else's
+functions (`runtime.offload`), streams of requests (`runtime.cron_stream`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import Any, Final, Protocol
+
+import msgspec
+import numpy as np
+
+from kapsl_scheduler.core.jobs import CronJob, CronOverflowPolicy, OnInterrupt, moment
+from kapsl_scheduler.core.queue import QueueOverflowPolicy
+from kapsl_scheduler.core.runs import Firing, Run, RunState
+from kapsl_scheduler.errors import CronError, DeadlineExceeded, EngineError, Overloaded
+from kapsl_scheduler.ports import CronTarget, SourceItem, is_source
+from kapsl_scheduler.runtime.cron_stream import RunLost, Stream, numbered
+from kapsl_scheduler.runtime.offload import call, in_thread, taken_in_thread
+from kapsl_scheduler.types import InferenceRequest, InferenceResponse
+
+__all__ = ["Execution", "ExecutionHost"]
+
+logger = logging.getLogger(__name__)
+
+CALLBACK_LIMIT: Final = 30.0
+"""Seconds that `on_result` may take where the job has no timeout of its own."""
+CALLBACK_LEAST: Final = 0.5
+"""Seconds that `on_result` gets after a run that used up its timeout."""
+_LEAST: Final = 1e-3  # seconds: a timeout must be above 0, and this one is about to strike anyway
+
+
+class ExecutionHost(Protocol):
+    """What an execution needs of the scheduler that dispatched it."""
+
+    def wall(self) -> int: ...
+    def target(self, model: str | None) -> CronTarget: ...
+    async def attempted(self, before: Run, after: Run) -> bool: ...
+    def ended(self, before: Run, after: Run) -> None: ...
+    async def memory(self, job: str) -> Mapping[str, str]: ...
+    async def checkpoint(self, run: Run, memory: Mapping[str, str | None]) -> bool: ...
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How an attempt ended. `error` is the exception, `result` what `on_result` is to hear if there is none."""
+
+    state: RunState
+    reason: str = ""
+    error: Exception | None = None
+    result: Any = None
+
+
+class Execution:
+    """A run in progress. `run` is its record as last written; `discarded` ones write nothing more: somebody else has
+    written how they ended. `done` is how much of it lies behind, from 0 to 1, where its source can say."""
+
+    __slots__ = (
+        "_failed_requests",
+        "_host",
+        "_input_bytes",
+        "_job",
+        "_output_bytes",
+        "_rows",
+        "_until",
+        "discarded",
+        "done",
+        "leave",
+        "recording",
+        "requests",
+        "run",
+        "task",
+    )
+
+    def __init__(self, host: ExecutionHost, job: CronJob, run: Run) -> None:
+        self._host = host
+        self._job = job
+        self.run = run
+        self.requests = self._failed_requests = self._rows = self._input_bytes = self._output_bytes = 0
+        self.done: float | None = None
+        self._until: float | None = None  # on the loop's clock
+        self.task: asyncio.Task[None] | None = None
+        self.discarded = False
+        self.recording = False  # its end is being written: too late to cancel it
+        self.leave = "shutdown"  # the reason, should it be cancelled
+
+    def discard(self, why: str) -> None:
+        """Stop it without a word: its end is written."""
+        self.discarded = True
+        self.leave = why
+        if self.task is not None:
+            self.task.cancel()
+
+    def cut(self, state: RunState, reason: str, now: int) -> Run:
+        """The record of the run if it ends here."""
+        return self.on(self.run, state=state, reason=reason, ended=now)
+
+    def add(self, request: Any, response: InferenceResponse | None, rows: int = 1) -> None:
+        """Count a request that was answered, or (without a response) one that failed."""
+        self.requests += 1
+        self._rows += rows
+        self._input_bytes += _nbytes(request)
+        if response is None:
+            self._failed_requests += 1
+        else:
+            self._output_bytes += _nbytes(getattr(response, "outputs", None))
+
+    def on(self, run: Run, **changes: Any) -> Run:
+        """The record of the run with what it has done so far, over its attempts, and `changes`."""
+        return msgspec.structs.replace(
+            run,
+            requests=self.requests,
+            failed_requests=self._failed_requests,
+            rows=self._rows,
+            input_bytes=self._input_bytes,
+            output_bytes=self._output_bytes,
+            **changes,
+        )
+
+    async def __call__(self) -> None:
+        """All attempts, then the end, written down. Being cancelled ends the run as cancelled."""
+        try:
+            outcome = await self._attempts()
+            if outcome is None or self.discarded:
+                return
+            callback_error = ""
+            if self._job.on_result is not None and outcome.state is not RunState.SKIPPED:
+                callback_error = await self._call_back(outcome)
+        except asyncio.CancelledError:
+            if not self.discarded:
+                self.recording = True
+                self._host.ended(self.run, self.cut_short())
+            return
+        self.recording = True
+        error = "" if outcome.error is None else _text(outcome.error)
+        after = self.on(
+            self.run,
+            state=outcome.state,
+            reason=outcome.reason,
+            error=error,
+            callback_error=callback_error,
+            ended=self._host.wall(),
+        )
+        self._host.ended(self.run, after)
+
+    def cut_short(self) -> Run:
+        """What a run becomes that is cancelled: one that resumes waits for the next process, others are over."""
+        if self._job.run.on_interrupt is OnInterrupt.RESUME and self.leave == "shutdown" and not self.run.detached:
+            return self.on(self.run, state=RunState.PENDING, reason=self.leave, owner="")
+        return self.cut(RunState.CANCELLED, self.leave, self._host.wall())
+
+    # ------------------------------------------------------------------------------------------ attempts
+
+    async def _attempts(self) -> Outcome | None:
+        """The outcome of the last attempt; None where another process has taken the run."""
+        timeout = self._job.run.timeout
+        if timeout is None:
+            return await self._repeat()
+        self._until = asyncio.get_running_loop().time() + timeout
+        limit = asyncio.timeout_at(self._until)
+        try:
+            async with limit:
+                return await self._repeat()
+        except TimeoutError:
+            error = TimeoutError(f"the run took longer than its timeout of {timeout:g} s")
+            return Outcome(RunState.FAILED, "timeout", error)
+
+    async def _repeat(self) -> Outcome | None:
+        policy = self._job.run
+        done = 0
+        while True:
+            try:
+                outcome = await self._perform()
+            except RunLost:
+                return None
+            except DeadlineExceeded as error:
+                outcome = Outcome(RunState.FAILED, "timeout", error)
+            except Exception as error:
+                outcome = Outcome(RunState.FAILED, _reason(error), error)
+            done += 1
+            if outcome.state is not RunState.FAILED or done >= policy.attempts or not _may_pass(outcome.error):
+                return outcome
+            await asyncio.sleep(min(policy.backoff * 2 ** (done - 1), policy.max_backoff))
+            again = self.on(self.run, attempt=self.run.attempt + 1)
+            if not await self._host.attempted(self.run, again):
+                return None
+            self.run = again
+
+    async def _perform(self) -> Outcome:
+        job = self._job
+        firing = None
+        if job.condition is not None:
+            firing = self._firing()
+            try:
+                if not await call(_function(job.condition), firing):
+                    return Outcome(RunState.SKIPPED, "condition")
+            except Exception as error:
+                return Outcome(RunState.SKIPPED, "condition", error)
+        request = job.request
+        from_source = is_source(request)
+        if not from_source and not callable(request):
+            if job.sink is None:
+                return await self._alone(request)
+            return await self._several(numbered([request]), keep=False)
+        firing = firing or self._firing()
+        if from_source:
+            items = await in_thread(request.items, firing, await self.memory())
+            return await self._several(taken_in_thread(items), keep=False)
+        made = await call(request, firing)
+        if made is None:
+            return Outcome(RunState.SUCCEEDED, "nothing to do")
+        if isinstance(made, list):
+            return await self._several(numbered(made), keep=job.sink is None)
+        if isinstance(made, AsyncIterator):
+            return await self._several(numbered(made), keep=False)
+        if isinstance(made, Iterator):
+            return await self._several(numbered(taken_in_thread(made)), keep=False)
+        if job.sink is not None:
+            return await self._several(numbered([made]), keep=False)
+        return await self._alone(made)
+
+    async def _alone(self, request: Any) -> Outcome:
+        try:
+            response = await self.infer(request)
+        except Overloaded as error:
+            if not error.evicted:
+                return Outcome(RunState.SKIPPED, "busy", error)
+            self.add(request, None)
+            return Outcome(RunState.FAILED, "evicted", error)
+        except Exception:
+            self.add(request, None)
+            raise
+        self.add(request, response)
+        return Outcome(RunState.SUCCEEDED, result=response)
+
+    async def _several(self, items: AsyncIterator[SourceItem], *, keep: bool) -> Outcome:
+        stream = Stream(self, self._firing(), self._job.sink, self._job.run.max_in_flight, keep=keep)
+        await stream.run(items)
+        if stream.refused is not None:
+            return Outcome(RunState.SKIPPED, "busy", stream.refused)
+        if stream.first_error is not None:
+            reason = _reason(stream.first_error)
+            return Outcome(RunState.FAILED, reason, PartlyFailed(stream, self.requests))
+        return Outcome(
+            RunState.SUCCEEDED, "" if self.requests else "nothing to do", result=stream.kept if keep else None
+        )
+
+    def infer(self, request: Any, *, starts: bool = True) -> Awaitable[InferenceResponse]:
+        """Send a request under the job's class. One that `starts` the firing obeys the job's overflow policy; the
+        others of a firing that has started wait for room."""
+        job = self._job
+        timeout = None if self._until is None else max(self._until - asyncio.get_running_loop().time(), _LEAST)
+        wait = job.run.block_timeout
+        if starts and job.overflow_policy is CronOverflowPolicy.SKIP_IF_BUSY:
+            wait = 0.0
+        return self._host.target(job.model).infer(
+            request,
+            priority=job.priority,
+            timeout=timeout,
+            force_cpu=job.force_cpu,
+            overflow=QueueOverflowPolicy.BLOCK,
+            block_timeout=wait if starts else None,
+        )
+
+    async def checkpoint(self, memory: Mapping[str, str | None]) -> bool:
+        """Write down what is to be remembered, and how far the run is. False: it is another's now."""
+        return await self._host.checkpoint(self.on(self.run), memory)
+
+    async def memory(self) -> Mapping[str, str]:
+        """What the job's source and sink have remembered."""
+        return await self._host.memory(self._job.id)
+
+    def _firing(self) -> Firing:
+        run = self.run
+        return Firing(run.job, moment(run.nominal), run.origin, run.attempt)
+
+    # ---------------------------------------------------------------------------------------- afterwards
+
+    async def _call_back(self, outcome: Outcome) -> str:
+        """Tell `on_result`. Returns what it raised, as text."""
+        loop_time = asyncio.get_running_loop().time()
+        until = loop_time + CALLBACK_LIMIT if self._until is None else max(self._until, loop_time + CALLBACK_LEAST)
+        result = outcome.result if outcome.error is None else outcome.error
+        try:
+            async with asyncio.timeout_at(until):
+                await call(_function(self._job.on_result), self._job.id, result)
+        except Exception as error:
+            logger.warning("job %r: on_result failed: %s", self._job.id, _text(error))
+            return _text(error)
+        return ""
+
+
+class PartlyFailed(CronError):
+    """Some requests of a firing failed; the others were answered, and their answers handed on."""
+
+    code = "partly_failed"
+
+    def __init__(self, stream: Stream, requests: int) -> None:
+        failed = stream.failed
+        error = stream.first_error
+        super().__init__(f"{failed} of {requests} requests failed, the first ({stream.first_key}): {_text(error)}")
+        self.retryable = _may_pass(error)  # type: ignore[misc]  # it is as its cause is
+        self.__cause__ = error
+
+
+_ANYBODYS_GUESS: Final = ("inference_error", "backend")
+
+
+def _function(value: Any) -> Callable[..., Any]:
+    return value  # type: ignore[no-any-return]  # a job that has been bound holds no names any more
+
+
+def _text(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    code = getattr(error, "code", None)
+    return code if isinstance(code, str) else "error"
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the same request may succeed later: the engine's errors say so themselves; of others, who knows."""
+    if isinstance(error, EngineError | CronError):
+        return error.retryable or error.code in _ANYBODYS_GUESS
+    return not isinstance(error, ValueError | TypeError)
+
+
+def _nbytes(arrays: Any) -> int:
+    """The bytes of the arrays in a request or an answer, as far as it holds arrays."""
+    if isinstance(arrays, InferenceRequest):
+        arrays = arrays.inputs
+    if isinstance(arrays, Mapping):
+        return sum(value.nbytes for value in arrays.values() if isinstance(value, np.ndarray))
+    return arrays.nbytes if isinstance(arrays, np.ndarray) else 0

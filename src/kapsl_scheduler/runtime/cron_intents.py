@@ -1,0 +1,542 @@
+"""What a CronScheduler may want to change about a job, each as an `Intent` of its ledger.
+
+Here it is decided what is written and what follows from its having been written. What is not here: the order of things
+and the store (`runtime.cron_ledger`), which occurrences become runs (`core.firing`), running them
+(`runtime.cron_execution`).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+
+import msgspec
+
+from kapsl_scheduler.core.firing import Plan, Timetable, missed_since, place, plan, startable
+from kapsl_scheduler.core.jobs import CronJob, OnInterrupt
+from kapsl_scheduler.core.runs import Backfill, JobState, Run, RunState, booked
+from kapsl_scheduler.errors import InvalidJob, NotFound
+from kapsl_scheduler.runtime.cron_execution import Execution
+from kapsl_scheduler.runtime.cron_ledger import Draft, Entry, Intent
+
+__all__ = [
+    "Attempt",
+    "Checkpoint",
+    "Cut",
+    "Define",
+    "End",
+    "Fill",
+    "Fire",
+    "Pause",
+    "Remove",
+    "Rescue",
+    "Resume",
+    "Start",
+    "Trigger",
+]
+
+MAX_BACKFILL: Final = 10_000
+"""Runs that one backfill may ask for."""
+
+replace = msgspec.structs.replace
+
+
+class IntentHost(Protocol):
+    """What intents need of their scheduler."""
+
+    owner: str
+
+    def wall(self) -> int: ...
+    def launch(self, entry: Entry, run: Run) -> None: ...
+    def noted(self, run: Run) -> None: ...
+    def post(self, intent: Intent) -> None: ...
+    def schedule(self, entry: Entry, nominal: int | None, due: int | None) -> None: ...
+    def reschedule(self, entry: Entry) -> None: ...
+    def executions(self, job: str) -> list[Execution]: ...
+    def told(self, kind: str, job: str, run: Run | None = None) -> None: ...
+    def room_for_waiting(self, entry: Entry) -> None: ...
+    def cancel_elsewhere(self, entry: Entry, besides: Sequence[Run]) -> None: ...
+
+
+def _books(draft: Draft, job: str) -> JobState:
+    """The job's books as they are now. Raises `NotFound`."""
+    if draft.state is None:
+        raise NotFound(f"no job {job!r}")
+    return draft.state
+
+
+class _Creating(Intent):
+    """Something that adds runs, and starts those that are to run."""
+
+    __slots__ = ("_first", "_host", "_others", "_plan")
+
+    _first: int
+    _others: list[tuple[Execution, Run]]
+
+    def __init__(self, host: IntentHost, job: str) -> None:
+        super().__init__(job)
+        self._host = host
+        self._plan: Plan | None = None
+
+    def take(self, draft: Draft, decided: Plan) -> None:
+        self._plan = decided
+        self._first = len(draft.created)
+        state = decided.state
+        if decided.cancel_others:
+            self._others = []
+            now = self._host.wall()
+            for execution in self._host.executions(self.job):
+                after = execution.cut(RunState.CANCELLED, "overlap", now)
+                state = booked(state, execution.run, after)
+                draft.updated.append(after)
+                self._others.append((execution, after))
+        draft.state = state
+        draft.created.extend(decided.runs)
+
+    def follow(self, entry: Entry, numbers: Sequence[int]) -> list[Run]:
+        assert self._plan is not None
+        if self._plan.cancel_others:
+            for execution, after in self._others:
+                execution.discard("overlap")
+                self._host.noted(after)
+            if entry.state.running + entry.state.waiting > len(self._plan.runs):
+                self._host.cancel_elsewhere(entry, self._plan.runs)
+        runs = [
+            replace(run, number=number) for run, number in zip(self._plan.runs, numbers[self._first :], strict=False)
+        ]
+        for run in runs:
+            if run.state is RunState.RUNNING:
+                self._host.launch(entry, run)
+            else:
+                self._host.noted(run)
+        return runs
+
+
+class Fire(_Creating):
+    """What the schedule asks for by now."""
+
+    __slots__ = ("_met",)
+
+    lasting = True
+
+    def __init__(self, host: IntentHost, job: str) -> None:
+        super().__init__(host, job)
+        self._met = 0
+
+    def decide(self, draft: Draft) -> None:
+        entry, state = draft.entry, draft.state
+        if entry is None or state is None or entry.unbound is not None:
+            self._plan = None
+            return
+        assert entry.job is not None
+        assert entry.timetable is not None
+        if self._met > state.cursor:
+            state = replace(state, cursor=self._met)
+        self.take(draft, plan(entry.job, entry.timetable, state, self._host.wall(), self._host.owner))
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        if entry is None or self._plan is None:
+            return
+        self.follow(entry, numbers)
+        self._host.schedule(entry, self._plan.next, self._plan.due)
+
+    def exists(self, run: Run) -> None:
+        """The run was made in an earlier life of the job: it is not made again, and the schedule goes on behind it."""
+        again = Fire(self._host, self.job)
+        again._met = run.nominal
+        self._host.post(again)
+
+
+class Trigger(_Creating):
+    """One run now, asked for by name. Asked for twice under one origin, it is the same run."""
+
+    __slots__ = ("_origin",)
+
+    alone = True
+
+    def __init__(self, host: IntentHost, job: str, origin: str | None) -> None:
+        super().__init__(host, job)
+        self._origin = origin or f"trigger-{uuid.uuid4().hex}"
+
+    def decide(self, draft: Draft) -> None:
+        state = _books(draft, self.job)
+        self.take(draft, place(_ready(draft), state, self._origin, self._host.wall(), self._host.owner))
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> Run:
+        assert entry is not None
+        return self.follow(entry, numbers)[0]
+
+    def exists(self, run: Run) -> Run:
+        return run
+
+
+class Fill(Intent):
+    """The runs of a backfill: one for each occurrence of a range, a few at a time."""
+
+    __slots__ = ("_host", "_limit", "_origin", "_range")
+
+    alone = True
+
+    def __init__(self, host: IntentHost, job: str, start: int, end: int, limit: int, origin: str | None) -> None:
+        super().__init__(job)
+        self._host = host
+        self._range = (start, end)
+        self._limit = limit
+        self._origin = origin or f"backfill-{uuid.uuid4().hex}"
+
+    def decide(self, draft: Draft) -> None:
+        state = _books(draft, self.job)
+        _ready(draft)
+        timetable = draft.entry.timetable if draft.entry is not None else None
+        assert timetable is not None
+        start, end = self._range
+        number = timetable.count(start - 1, end - 1)
+        if not 0 < number <= MAX_BACKFILL:
+            raise InvalidJob(
+                [f"backfill: expected a range with 1 to {MAX_BACKFILL} occurrences, got {number}"], self.job
+            )
+        nominal = timetable.next(start - 1)
+        while nominal is not None and nominal < end:
+            run = Run(
+                job=self.job,
+                nominal=nominal,
+                origin=self._origin,
+                state=RunState.PENDING,
+                first=nominal,
+                due=self._host.wall(),
+                limit=self._limit,
+            )
+            draft.created.append(run)
+            nominal = timetable.next(nominal)
+        backfills = {**state.backfills, self._origin: Backfill(self._limit, waiting=number)}
+        draft.state = replace(state, due=state.due + number, backfills=backfills)
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> tuple[str, int]:
+        assert entry is not None
+        self._host.room_for_waiting(entry)
+        return self._origin, len(numbers)
+
+    def exists(self, run: Run) -> tuple[str, int]:
+        return self._origin, 0
+
+
+class Start(Intent):
+    """A run that waited starts."""
+
+    __slots__ = ("_after", "_before", "_host")
+
+    alone = True
+    lasting = True
+
+    def __init__(self, host: IntentHost, run: Run) -> None:
+        super().__init__(run.job)
+        self._host = host
+        self._before = run
+        self._after = run
+
+    def decide(self, draft: Draft) -> None:
+        before, state = self._before, draft.state
+        self._after = before
+        if state is None or draft.entry is None or draft.entry.unbound is not None:
+            return
+        origin = before.origin if before.limit else None
+        if not any(place == origin for place, _ in startable(state)):
+            return  # another was faster: its turn comes again
+        self._after = replace(
+            before,
+            state=RunState.RUNNING,
+            reason="",
+            owner=self._host.owner,
+            started=self._host.wall(),
+            attempt=before.attempt + (before.started is not None),
+        )
+        draft.state = booked(state, before, self._after)
+        draft.updated.append(self._after)
+        draft.taken_from = ""
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        if entry is not None and self._after.state is RunState.RUNNING:
+            self._host.launch(entry, self._after)
+            self._host.room_for_waiting(entry)
+
+
+class Rescue(Intent):
+    """A run whose process died: interrupted, or resumed here as its next attempt."""
+
+    __slots__ = ("_after", "_before", "_host")
+
+    alone = True
+
+    def __init__(self, host: IntentHost, run: Run) -> None:
+        super().__init__(run.job)
+        self._host = host
+        self._before = run
+        self._after = run
+
+    def decide(self, draft: Draft) -> None:
+        before, entry = self._before, draft.entry
+        job = None if entry is None or before.detached else entry.job
+        if job is None or job.run.on_interrupt is OnInterrupt.RECORD:
+            self._after = replace(before, state=RunState.INTERRUPTED, reason="crash", ended=self._host.wall())
+        else:
+            draft.taken_from = before.owner
+            if entry is not None and entry.unbound is None:
+                self._after = replace(before, owner=self._host.owner, attempt=before.attempt + 1)
+            else:
+                self._after = replace(before, state=RunState.PENDING, reason="crash", owner="")
+        if draft.state is not None and not before.detached:
+            draft.state = booked(draft.state, before, self._after)
+        draft.updated.append(self._after)
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        if self._after.state is RunState.RUNNING and entry is not None:
+            self._host.launch(entry, self._after)
+        else:
+            self._host.noted(self._after)
+            if entry is not None:
+                self._host.room_for_waiting(entry)
+
+
+class Cut(Intent):
+    """A run that waits, or that another process runs, is cancelled in favour of a new one."""
+
+    __slots__ = ("_after", "_before", "_host")
+
+    alone = True
+    lasting = True
+
+    def __init__(self, host: IntentHost, run: Run, reason: str) -> None:
+        super().__init__(run.job)
+        self._host = host
+        self._before = run
+        self._after = replace(run, state=RunState.CANCELLED, reason=reason, ended=host.wall())
+
+    def decide(self, draft: Draft) -> None:
+        if draft.state is not None:
+            draft.state = booked(draft.state, self._before, self._after)
+        draft.updated.append(self._after)
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        self._host.noted(self._after)
+
+
+class Attempt(Intent):
+    """A run is tried again. Says whether it is still ours."""
+
+    __slots__ = ("_after",)
+
+    lasting = True
+
+    def __init__(self, after: Run) -> None:
+        super().__init__(after.job)
+        self._after = after
+
+    def decide(self, draft: Draft) -> None:
+        draft.updated.append(self._after)
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
+        return True
+
+    def refused(self) -> bool:
+        return False
+
+
+class Checkpoint(Attempt):
+    """How far a run is, and what its source and sink remember. Says whether it is still ours."""
+
+    __slots__ = ("_memory",)
+
+    alone = True
+
+    def __init__(self, after: Run, memory: Mapping[str, str | None]) -> None:
+        super().__init__(after)
+        self._memory = memory
+
+    def decide(self, draft: Draft) -> None:
+        super().decide(draft)
+        draft.memory = self._memory
+        draft.expected = None  # whatever has become of the job
+
+
+class End(Intent):
+    """A run has ended, one way or another."""
+
+    __slots__ = ("_after", "_before", "_host")
+
+    lasting = True
+
+    def __init__(self, host: IntentHost, before: Run, after: Run) -> None:
+        super().__init__(before.job)
+        self._host = host
+        self._before = before
+        self._after = after
+
+    def decide(self, draft: Draft) -> None:
+        if draft.state is not None and not self._before.detached:
+            state = booked(draft.state, self._before, self._after)
+            job = None if draft.entry is None else draft.entry.job
+            limit = None if job is None else job.run.pause_after
+            if limit is not None and state.failures >= limit and not state.paused:
+                state = replace(state, paused=f"{state.failures} failures in a row")
+            draft.state = state
+        draft.updated.append(self._after)
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        self._host.noted(self._after)
+        if entry is not None:
+            if entry.state.paused and entry.due is not None:
+                self._host.reschedule(entry)
+                self._host.told("paused", self.job)
+            self._host.room_for_waiting(entry)
+
+
+class Define(Intent):
+    """A job as its owner wants it: new, or in place of what is known under its id, with its counters and its phase."""
+
+    __slots__ = ("_definition", "_host", "_job", "_refuse", "_told")
+
+    alone = True
+
+    def __init__(self, host: IntentHost, job: CronJob, definition: bytes, *, refuse: bool = False) -> None:
+        super().__init__(job.id)
+        self._host = host
+        self._job = job
+        self._definition = definition
+        self._refuse = refuse
+        self._told = ""
+
+    def decide(self, draft: Draft) -> None:
+        now = self._host.wall()
+        entry, state = draft.entry, draft.state
+        if entry is None or state is None:
+            self._told = "registered"
+            if Timetable.of(self._job, now).next(now) is None:
+                raise InvalidJob(["schedule: it never fires from now on"], self.job)
+            draft.state = JobState(anchor=now, cursor=now, paused="" if self._job.enabled else "not enabled")
+            draft.definition = self._definition
+            return
+        self._told = ""
+        if entry.definition == self._definition:
+            return
+        if self._refuse:
+            raise InvalidJob(["id: the store has another job of this id, and on_conflict is 'error'"], self.job)
+        self._told = "updated"
+        before, timetable = entry.job, entry.timetable
+        if before is None or timetable is None:
+            state = replace(state, cursor=max(state.cursor, now))
+        elif before.schedule != self._job.schedule or before.firing != self._job.firing:
+            # What the old schedule asked for is accounted for; the new one begins now.
+            state, missed = missed_since(before, timetable, state, now, "updated")
+            draft.created.extend(missed)
+            state = replace(state, cursor=max(state.cursor, now))
+        draft.state = state
+        draft.definition = self._definition
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        assert entry is not None
+        entry.job, entry.timetable, entry.unbound = self._job, Timetable.of(self._job, entry.state.anchor), None
+        self._host.reschedule(entry)
+        self._host.room_for_waiting(entry)
+        if self._told:
+            self._host.told(self._told, self.job)
+
+
+class Pause(Intent):
+    """No occurrence is due until it is resumed."""
+
+    __slots__ = ("_host", "_reason")
+
+    def __init__(self, host: IntentHost, job: str, reason: str) -> None:
+        super().__init__(job)
+        self._host = host
+        self._reason = reason
+
+    def decide(self, draft: Draft) -> None:
+        state = _books(draft, self.job)
+        draft.state = state if state.paused else replace(state, paused=self._reason)
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        assert entry is not None
+        self._host.reschedule(entry)
+        self._host.told("paused", self.job)
+
+
+class Resume(Intent):
+    """Occurrences are due again: from now on, or also those of the time between."""
+
+    __slots__ = ("_catch_up", "_host", "_missed")
+
+    def __init__(self, host: IntentHost, job: str, *, catch_up: bool) -> None:
+        super().__init__(job)
+        self._host = host
+        self._catch_up = catch_up
+
+    def decide(self, draft: Draft) -> None:
+        state = _books(draft, self.job)
+        if not state.paused:
+            return
+        state = replace(state, paused="", failures=0)
+        entry = draft.entry
+        if not self._catch_up and entry is not None and entry.job is not None and entry.timetable is not None:
+            state, missed = missed_since(entry.job, entry.timetable, state, self._host.wall(), "paused")
+            draft.created.extend(missed)
+        draft.state = state
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        assert entry is not None
+        self._host.reschedule(entry)
+        self._host.told("resumed", self.job)
+
+
+class Remove(Intent):
+    """The job is no more. What waits is cancelled; what runs is too, or goes on without it."""
+
+    __slots__ = ("_cancel", "_cut", "_host", "_open")
+
+    alone = True
+
+    def __init__(self, host: IntentHost, job: str, open_runs: Sequence[Run], *, cancel: bool) -> None:
+        super().__init__(job)
+        self._host = host
+        self._open = open_runs
+        self._cancel = cancel
+        self._cut: list[Run] = []
+
+    def decide(self, draft: Draft) -> None:
+        _books(draft, self.job)
+        now = self._host.wall()
+        self._cut = []
+        draft.remove = True
+        for run in self._open:
+            if run.state is RunState.RUNNING and not self._cancel:
+                draft.updated.append(replace(run, detached=True))
+            else:
+                self._cut.append(replace(run, state=RunState.CANCELLED, reason="unregistered", ended=now))
+        draft.updated.extend(self._cut)
+
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
+        cut = {run.key for run in self._cut}
+        for execution in self._host.executions(self.job):
+            if execution.run.key in cut:
+                execution.discard("unregistered")
+            else:  # also one that has begun since: it is in nobody's books any more
+                execution.run = replace(execution.run, detached=True)
+        for run in self._cut:
+            self._host.noted(run)
+        self._host.told("unregistered", self.job)
+        return True
+
+    def refused(self) -> bool:
+        """A run ended while this was being decided: whoever asked looks again."""
+        return False
+
+
+def _ready(draft: Draft) -> CronJob:
+    """The job, if it can run here. Raises `InvalidJob`, which says why not."""
+    entry = draft.entry
+    assert entry is not None
+    if entry.unbound is not None:
+        raise InvalidJob([f"it cannot run here: {entry.unbound}"], entry.id)
+    assert entry.job is not None
+    return entry.job

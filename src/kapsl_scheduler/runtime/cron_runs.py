@@ -1,0 +1,256 @@
+"""The runs of this process: dispatched, bounded in number, and what follows from what the ledger wrote about them.
+
+What is not here: what is written (`runtime.cron_intents`), how one run goes (`runtime.cron_execution`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from kapsl_scheduler.core.firing import startable
+from kapsl_scheduler.core.jobs import moment
+from kapsl_scheduler.core.runs import Run, RunState
+from kapsl_scheduler.errors import StoreError
+from kapsl_scheduler.ports import CronTarget, RunQuery
+from kapsl_scheduler.runtime.cron_alarm import Alarm
+from kapsl_scheduler.runtime.cron_events import Events
+from kapsl_scheduler.runtime.cron_execution import Execution
+from kapsl_scheduler.runtime.cron_intents import Attempt, Checkpoint, Cut, End, Start
+from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
+from kapsl_scheduler.runtime.cron_metrics import CronFigures
+from kapsl_scheduler.runtime.cron_views import CronEvent, CronRun, run_view
+
+__all__ = ["Runs"]
+
+logger = logging.getLogger(__name__)
+
+PRUNE_EVERY: Final = 500
+"""Runs that may end between two looks at the history's bounds."""
+
+
+class Runs:
+    """At most `most` runs at a time; the others wait in the order in which they were dispatched."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        alarm: Alarm,
+        events: Events,
+        *,
+        owner: str,
+        wall: Callable[[], int],
+        target: Callable[[str | None], CronTarget],
+        most: int,
+    ) -> None:
+        self.owner = owner
+        self.wall = wall
+        self.target = target
+        self.figures = CronFigures()
+        self.ended_since_pruned = 0
+        self.history_grows = asyncio.Event()
+        self._ledger = ledger
+        self._alarm = alarm
+        self._events = events
+        self._most = most
+        self._of_job: dict[str, list[Execution]] = {}
+        self._tasks: dict[asyncio.Task[None], Execution] = {}
+        self._ready: deque[Execution] = deque()
+        self._chores: dict[tuple[str, str], Callable[[], Any]] = {}
+        self._chore = asyncio.Event()
+        self._closing = False
+
+    # ---------------------------------------------------------------------------------------- dispatching
+
+    @property
+    def running(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._ready)
+
+    def executions(self, job: str) -> list[Execution]:
+        """The job's runs here whose end is not being written."""
+        return [execution for execution in self._of_job.get(job, ()) if not execution.recording]
+
+    def everyone(self) -> Iterable[Execution]:
+        return (execution for of_job in self._of_job.values() for execution in of_job)
+
+    def view(self, run: Run) -> CronRun:
+        """The run as it is shown: with what it has done by now, if it goes on here."""
+        for execution in self._of_job.get(run.job, ()) if run.state.open else ():
+            if execution.run.key == run.key:
+                return run_view(execution.on(run), execution.done)
+        return run_view(run)
+
+    def launch(self, entry: Entry, run: Run) -> None:
+        """Run it, at once if there is a place."""
+        assert entry.job is not None
+        execution = Execution(self, entry.job, run)
+        of_job = self._of_job.get(run.job)
+        if of_job is None:
+            self._of_job[run.job] = [execution]
+        else:
+            of_job.append(execution)
+        if len(self._tasks) < self._most:
+            self._begin(execution, run.started or run.due)
+        else:
+            self._ready.append(execution)
+
+    def _begin(self, execution: Execution, now: int) -> None:
+        self.figures.started(execution.run, now)
+        if self._events.wanted:
+            self.told("started", execution.run.job, execution.run)
+        task = execution.task = asyncio.get_running_loop().create_task(execution())
+        self._tasks[task] = execution
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        execution = self._tasks.pop(task)
+        self._forget(execution)
+        if task.cancelled():
+            if not execution.discarded and not execution.recording:  # before its first step
+                self._ledger.post(End(self, execution.run, execution.cut_short()))
+        elif (error := task.exception()) is not None:
+            logger.error("job %r: a run ended in an error of the scheduler", execution.run.job, exc_info=error)
+            after = execution.cut(RunState.FAILED, "internal", self.wall())
+            self._ledger.post(End(self, execution.run, after))
+        while self._ready and len(self._tasks) < self._most:
+            waiting = self._ready.popleft()
+            if waiting.discarded:
+                self._forget(waiting)
+            else:
+                self._begin(waiting, self.wall())
+
+    def _forget(self, execution: Execution) -> None:
+        of_job = self._of_job[execution.run.job]
+        if len(of_job) == 1:
+            del self._of_job[execution.run.job]
+        else:
+            of_job.remove(execution)
+
+    async def drain(self, seconds: float) -> None:
+        """Let runs end for a while, then cut short the rest: nothing runs when this is over. What waits in the store
+        stays there."""
+        self._closing = True
+        until = asyncio.get_running_loop().time() + seconds
+        try:
+            while self._tasks and (left := until - asyncio.get_running_loop().time()) > 0:
+                await asyncio.wait(self._tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for execution in self._ready:
+                if not execution.discarded:
+                    self._ledger.post(End(self, execution.run, execution.cut_short()))
+            self._ready.clear()
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+
+    # -------------------------------------------------------------------------- what executions ask for
+
+    async def attempted(self, before: Run, after: Run) -> bool:
+        return bool(await self._ledger.do(Attempt(after)))
+
+    def ended(self, before: Run, after: Run) -> None:
+        # Not at once: of many that were dispatched together, the last should start before the first is written down.
+        self._ledger.post(End(self, before, after))
+
+    async def memory(self, job: str) -> Mapping[str, str]:
+        return await self._ledger.store.memory(job)
+
+    async def checkpoint(self, run: Run, memory: Mapping[str, str | None]) -> bool:
+        return bool(await self._ledger.do(Checkpoint(run, memory)))
+
+    # ------------------------------------------------------------------------------ what intents ask for
+
+    def post(self, intent: Intent) -> None:
+        self._ledger.post(intent)
+
+    def noted(self, run: Run) -> None:
+        """It is written that a run ended (or waits)."""
+        if run.state is RunState.PENDING:
+            return
+        self.ended_since_pruned += 1
+        if self.ended_since_pruned >= PRUNE_EVERY:
+            self.history_grows.set()
+        self.figures.ended(run)
+        if self._events.wanted:
+            self.told("ended", run.job, run)
+
+    def told(self, kind: str, job: str, run: Run | None = None) -> None:
+        if self._events.wanted:
+            view = None if run is None else run_view(run)
+            self._events.tell(CronEvent(kind, job, moment(self.wall()), view))
+
+    def schedule(self, entry: Entry, nominal: int | None, due: int | None) -> None:
+        """When the job is to be looked at again."""
+        entry.next = nominal
+        self._alarm.set(entry, due)
+
+    def reschedule(self, entry: Entry) -> None:
+        """The same, found out from the job as it is."""
+        job, timetable, state = entry.job, entry.timetable, entry.state
+        nominal = None
+        if job is not None and timetable is not None and entry.unbound is None and not state.paused:
+            most = job.firing.max_runs
+            if most is None or state.scheduled < most:
+                nominal = timetable.next(state.cursor)
+        self.schedule(entry, nominal, None if nominal is None or timetable is None else timetable.due(nominal))
+
+    def room_for_waiting(self, entry: Entry) -> None:
+        """Runs that wait may start now, if there are any."""
+        if entry.unbound is None and not self._closing and startable(entry.state):
+            self._chores[entry.id, "start"] = lambda: self._start_waiting(entry)
+            self._chore.set()
+
+    def cancel_elsewhere(self, entry: Entry, besides: Sequence[Run]) -> None:
+        """A new run takes the place of all others: those that wait, and those of other processes."""
+        keys = {run.key for run in besides}
+        self._chores[entry.id, "cancel"] = lambda: self._cancel_elsewhere(entry, keys)
+        self._chore.set()
+
+    # ------------------------------------------------------------------------------------------- chores
+
+    async def serve(self) -> None:
+        """What has to be looked up in the store before it can be decided, until cancelled."""
+        while True:
+            await self._chore.wait()
+            self._chore.clear()
+            chores, self._chores = self._chores, {}
+            for key, chore in chores.items():
+                try:
+                    await chore()
+                except StoreError as error:
+                    logger.warning("job %r: waiting runs could not be looked up: %s", key[0], error)
+                    asyncio.get_running_loop().call_later(1.0, self._put_back, key, chore)
+
+    def _put_back(self, key: tuple[str, str], chore: Callable[[], Any]) -> None:
+        self._chores.setdefault(key, chore)
+        self._chore.set()
+
+    async def _start_waiting(self, entry: Entry) -> None:
+        for origin, number in startable(entry.state):
+            waiting = await self._ledger.store.runs(
+                RunQuery(
+                    job=entry.id,
+                    states=(RunState.PENDING,),
+                    origin=origin,
+                    outside_backfills=origin is None,
+                    oldest_first=True,
+                    limit=number,
+                )
+            )
+            await self._ledger.settle(*(Start(self, run) for run in waiting))
+
+    async def _cancel_elsewhere(self, entry: Entry, keys: set[tuple[str, int, str]]) -> None:
+        found = await self._ledger.store.runs(
+            RunQuery(job=entry.id, states=(RunState.PENDING, RunState.RUNNING), outside_backfills=True, limit=1000)
+        )
+        own = {execution.run.key for execution in self._of_job.get(entry.id, ())}
+        others = [run for run in found if run.key not in keys and run.key not in own and not run.detached]
+        await self._ledger.settle(*(Cut(self, run, "overlap") for run in others))

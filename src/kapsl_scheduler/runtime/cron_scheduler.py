@@ -1,0 +1,548 @@
+"""CronScheduler: scheduled inference. The public calls, and the life of it all.
+
+One task looks after the timer of all jobs, one writes what is decided, and each run has its own. What is not here:
+which occurrences become runs (`core.firing`), the changes to a job (`runtime.cron_intents`) and their order
+(`runtime.cron_ledger`), how runs go (`runtime.cron_runs`), other processes on the store (`runtime.cron_watch`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+import msgspec
+
+from kapsl_scheduler.core.definition import Adapters, encode_job, frozen_request
+from kapsl_scheduler.core.firing import Timetable
+from kapsl_scheduler.core.jobs import CronJob, CronOverflowPolicy, micros, moment
+from kapsl_scheduler.core.runs import RunState
+from kapsl_scheduler.errors import CronError, DuplicateId, InvalidExpression, InvalidJob, NotFound, StoreError
+from kapsl_scheduler.packages.manifest import CronJobDef, IntervalDef, Manifest
+from kapsl_scheduler.ports import CronTarget, JobStore, RunQuery, is_source
+from kapsl_scheduler.runtime.cron_alarm import Alarm
+from kapsl_scheduler.runtime.cron_bindings import Bindings
+from kapsl_scheduler.runtime.cron_events import Events
+from kapsl_scheduler.runtime.cron_intents import Define, Fill, Fire, Pause, Remove, Resume, Trigger
+from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
+from kapsl_scheduler.runtime.cron_metrics import CronStatistics
+from kapsl_scheduler.runtime.cron_runs import Runs
+from kapsl_scheduler.runtime.cron_views import CronEvent, CronJobInfo, CronRun, job_info, run_view
+from kapsl_scheduler.runtime.cron_watch import Watch
+from kapsl_scheduler.stores.memory import MemoryStore
+from kapsl_scheduler.types import Priority
+
+__all__ = ["CronScheduler"]
+
+logger = logging.getLogger(__name__)
+
+DRAIN: Final = 10.0
+"""Seconds that `async with` gives runs to end when it is left."""
+LAST_WRITES: Final = 5.0
+"""Seconds that closing gives a store that fails to take what is left."""
+
+
+def _system_wall() -> int:
+    return time.time_ns() // 1000
+
+
+class CronScheduler:
+    """Fires inference jobs into a target: a `Scheduler`, a `ReplicaPool`, or whatever has their `infer`; or into
+    several models, by something whose `target(model)` gives such a one for a name.
+
+    `store` keeps jobs and history (None: in memory); it is opened and closed with the scheduler. `clock` gives
+    microseconds since 1970 UTC. `allow_latency_critical` lets jobs run in the first class, before which live requests
+    have no precedence. `adapters` makes the sources and sinks of stored jobs (`kapsl_scheduler.sources`,
+    `kapsl_scheduler.sinks`). At most `max_concurrent_runs` runs go on at a time, the others wait their turn. Of each
+    job the last `history_keep` runs are kept, for up to `history_max_age` seconds. Where several processes share a
+    store, one that gives no sign of life for `lease` seconds is taken for dead.
+
+    Use it with `async with`, inside that of its target: leaving it stops firing, lets runs end for ten seconds and
+    cancels the rest. All calls belong to the event loop that entered it, and raise `CronError` before and after.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        *,
+        store: JobStore | None = None,
+        clock: Callable[[], int] | None = None,
+        allow_latency_critical: bool = False,
+        adapters: Adapters | None = None,
+        max_concurrent_runs: int = 256,
+        history_keep: int = 1000,
+        history_max_age: float = 30 * 86400.0,
+        lease: float = 15.0,
+    ) -> None:
+        if not hasattr(target, "infer") and not hasattr(target, "target"):
+            raise TypeError(f"target: expected something with infer() or target(), got {target!r}")
+        for name, number in (("max_concurrent_runs", max_concurrent_runs), ("history_keep", history_keep)):
+            if number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        for name, seconds in (("history_max_age", history_max_age), ("lease", lease)):
+            if not seconds > 0:
+                raise ValueError(f"{name}: expected more than 0 seconds, got {seconds}")
+        self._target = target
+        self._wall = clock or _system_wall
+        self._allow_critical = allow_latency_critical
+        self._bindings = Bindings(adapters)
+        self._events = Events()
+        self._alarm = Alarm(self._wall)
+        self._ledger = Ledger(store if store is not None else MemoryStore(), changed=self._read, gone=self._gone)
+        self._runs = Runs(
+            self._ledger,
+            self._alarm,
+            self._events,
+            owner=uuid.uuid4().hex,
+            wall=self._wall,
+            target=self._target_of,
+            most=max_concurrent_runs,
+        )
+        self._watch = Watch(self._ledger, self._runs, lease=lease, keep=history_keep, max_age=history_max_age)
+        self._registered: set[str] = set()  # in this scheduler: a second time is a mistake
+        self._services: list[asyncio.Task[None]] = []
+        self._phase = "not entered"
+        self._closed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<CronScheduler {self._phase}: {len(self._ledger.entries)} jobs, {self._runs.running} running>"
+
+    # ------------------------------------------------------------------------------------- lifecycle
+
+    async def __aenter__(self) -> Self:
+        if self._phase != "not entered":
+            raise RuntimeError(f"the cron scheduler is {self._phase}: each is entered once")
+        self._phase = "opening"
+        try:
+            await self._ledger.store.open()
+            await self._ledger.store.beat(self._runs.owner)
+            for record in await self._ledger.store.jobs():
+                self._ledger.refresh(record.id, record)
+        except BaseException:
+            self._phase = "closed"
+            await self._ledger.store.close()
+            raise
+        self._phase = "open"
+        services: dict[str, Coroutine[Any, Any, None]] = {
+            "writer": self._ledger.serve(),
+            "chores": self._runs.serve(),
+            "watch": self._watch.serve(),
+            "timer": self._fire(),
+        }
+        self._services = [asyncio.create_task(service, name=f"cron {name}") for name, service in services.items()]
+        for task in self._services:
+            task.add_done_callback(_must_not_end)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close(drain=DRAIN if error is None else 0.0)
+
+    async def close(self, drain: float = DRAIN) -> None:
+        """Stop firing, let runs end for up to `drain` seconds, cancel the rest (recorded as cancelled; those that
+        resume wait for the next process), write everything down and close the store.
+
+        Closing what is closed, or never was entered, does nothing; closing while another closes waits for it.
+        Cancelling it cuts the drain short.
+        """
+        if self._phase in ("not entered", "closed"):
+            return
+        if self._phase == "closing":
+            await self._closed.wait()
+            return
+        self._phase = "closing"
+        self._services[-1].cancel()  # nothing more is fired
+        try:
+            await self._runs.drain(drain)
+        finally:
+            try:
+                await self._stop()
+            finally:
+                self._phase = "closed"
+                self._closed.set()
+
+    async def _stop(self) -> None:
+        """Write what is left, end the services, let go of the store."""
+        settled = True
+        try:
+            await self._ledger.settle()
+            async with asyncio.timeout(LAST_WRITES):
+                await self._ledger.settled()
+        except TimeoutError:
+            settled = False
+            logger.error("the store of the cron jobs does not take how the last runs ended: %s", self._ledger.failing)
+        for task in self._services:
+            task.cancel()
+        await asyncio.gather(*self._services, return_exceptions=True)
+        self._events.close()
+        try:
+            if settled:
+                await self._ledger.store.forget(self._runs.owner)
+        except StoreError as error:
+            logger.warning("the store of the cron jobs was not told of the end: %s", error)
+        finally:
+            await self._ledger.store.close()
+
+    async def _fire(self) -> None:
+        while True:
+            due = await self._alarm.next()
+            await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due])
+
+    # ------------------------------------------------------------------------------------ registering
+
+    async def register(self, job: CronJob, *, on_conflict: str = "update") -> None:
+        """Start a job: it fires from now on.
+
+        An id that the store knows from before is adopted: the same definition changes nothing, another takes its place
+        and keeps counters and phase, or is refused with `on_conflict="error"`. Raises `DuplicateId` for an id that was
+        registered here already, `InvalidExpression` or `InvalidJob` (which names everything that is wrong, a schedule
+        that never fires among it) and `StoreError`.
+        """
+        self._check_open()
+        checked, definition = self._checked(job)
+        if checked.id in self._registered:
+            raise DuplicateId(f"a job {checked.id!r} is registered already: update it, or unregister it first")
+        self._registered.add(checked.id)
+        try:
+            await self._ledger.do(Define(self._runs, checked, definition, refuse=on_conflict == "error"))
+        except BaseException:
+            self._registered.discard(checked.id)
+            raise
+
+    async def register_all(self, jobs: Iterable[CronJob], *, on_conflict: str = "update") -> None:
+        """Start several jobs or none of them. Raises what `register` raises; an `InvalidJob` names the faults of
+        all."""
+        self._check_open()
+        faults: list[str] = []
+        checked: dict[str, tuple[CronJob, bytes]] = {}
+        for job in jobs:
+            try:
+                ready, definition = self._checked(job)
+            except (InvalidJob, InvalidExpression) as error:
+                faults.append(str(error) if isinstance(error, InvalidJob) else f"job {job.id!r}: schedule: {error}")
+                continue
+            if ready.id in self._registered or ready.id in checked:
+                raise DuplicateId(f"a job {ready.id!r} is registered already: update it, or unregister it first")
+            checked[ready.id] = ready, definition
+        if faults:
+            raise InvalidJob(faults)
+        known = set(self._ledger.entries)
+        self._registered.update(checked)
+        futures = [
+            self._ledger.do(Define(self._runs, job, definition, refuse=on_conflict == "error"))
+            for job, definition in checked.values()
+        ]
+        outcomes = await asyncio.gather(*futures, return_exceptions=True)
+        wrong = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if wrong:
+            for id in checked:
+                self._registered.discard(id)
+                if id not in known and id in self._ledger.entries:
+                    await self._remove(id, cancel=True)
+            raise wrong[0]
+
+    async def update(self, job: CronJob) -> CronJobInfo:
+        """Put another definition in the place of a job's, keeping its counters and the phase of its interval. What runs
+        goes on under the old one. Raises `NotFound`, and what `register` raises."""
+        self._check_open()
+        self._entry(job.id)
+        checked, definition = self._checked(job)
+        self._registered.add(checked.id)
+        await self._ledger.do(Define(self._runs, checked, definition))
+        return self._info(self._entry(checked.id))
+
+    async def unregister(self, id: str, *, cancel: bool = False) -> bool:
+        """Forget a job; False if there is none of that id. What runs goes on to its end, or with `cancel` is cancelled;
+        what waits is cancelled. Its history stays."""
+        self._check_open()
+        if id not in self._ledger.entries:
+            return False
+        return await self._remove(id, cancel=cancel)
+
+    async def _remove(self, id: str, *, cancel: bool) -> bool:
+        while True:
+            open_runs = await self._ledger.store.runs(
+                RunQuery(job=id, states=(RunState.PENDING, RunState.RUNNING), limit=1_000_000)
+            )
+            current = [run for run in open_runs if not run.detached]
+            try:
+                done = await self._ledger.do(Remove(self._runs, id, current, cancel=cancel))
+            except NotFound:
+                return False
+            if done:
+                self._registered.discard(id)
+                return True
+
+    async def register_from_def(
+        self, definition: CronJobDef, *, model: str | None = None, package: str | None = None
+    ) -> None:
+        """Start a job that a package declares. Raises what `register` raises."""
+        await self.register(self._from_def(definition, model, package))
+
+    async def register_from_manifest(self, manifest: Manifest, *, model: str | None = None) -> None:
+        """Start the jobs of a package, all or none, under ids of the form `project:id`. What the store holds of the
+        package and the manifest has no more is removed. Raises what `register_all` raises."""
+        self._check_open()
+        package = manifest.project_name if model is None else model
+        jobs = [self._from_def(definition, model, package) for definition in manifest.cron_jobs]
+        self._bindings.packages.add(package)
+        try:
+            await self.register_all(jobs)
+        except BaseException:
+            self._bindings.packages.discard(package)
+            raise
+        ids = {job.id for job in jobs}
+        for entry in list(self._ledger.entries.values()):
+            if entry.job is not None and entry.job.package == package and entry.id not in ids:
+                await self._remove(entry.id, cancel=False)
+
+    async def unregister_package(self, package: str, *, cancel: bool = False) -> list[str]:
+        """Forget exactly the jobs that came with a package. Returns their ids."""
+        self._check_open()
+        ids = [
+            entry.id
+            for entry in self._ledger.entries.values()
+            if entry.job is not None and entry.job.package == package
+        ]
+        for id in ids:
+            await self._remove(id, cancel=cancel)
+        self._bindings.packages.discard(package)
+        return ids
+
+    def _from_def(self, definition: CronJobDef, model: str | None, package: str | None) -> CronJob:
+        inputs = self._target_of(model).model_info().inputs  # type: ignore[attr-defined]
+        first = inputs[0].name if inputs else "input"
+        priority = Priority.BACKGROUND
+        if definition.priority == "latency_critical":
+            priority = Priority.LATENCY_CRITICAL
+            if not self._allow_critical:
+                priority = Priority.THROUGHPUT
+                logger.warning(
+                    "job %r asks to be latency-critical and runs as throughput: this server does not allow it to delay "
+                    "live requests",
+                    definition.id,
+                )
+        schedule = definition.schedule
+        return CronJob(
+            definition.id if package is None else f"{package}:{definition.id}",
+            schedule.interval_secs if isinstance(schedule, IntervalDef) else schedule,
+            {first: definition.input, **{named.name: named.tensor for named in definition.additional_inputs}},
+            priority=priority,
+            overflow_policy=CronOverflowPolicy(definition.overflow_policy),
+            force_cpu=definition.force_cpu,
+            model=model,
+            package=package,
+        )
+
+    def bind(self, name: str, function: Callable[..., Any]) -> None:
+        """Let jobs refer to a callable by name (`Named`). Stored jobs that waited for it fire from now on; what was due
+        meanwhile follows their misfire rule."""
+        self._bindings.callables[name] = function
+        for entry in list(self._ledger.entries.values()):
+            if entry.unbound is not None:
+                self._read(entry)
+
+    def _checked(self, job: CronJob) -> tuple[CronJob, bytes]:
+        """The job as it will fire, and as it is stored. What it refers to by name is there."""
+        checked = job.check(allow_latency_critical=self._allow_critical)
+        if hasattr(self._target, "target"):
+            if checked.model is None:
+                raise InvalidJob(["model: expected the name of a model, got None"], checked.id)
+        elif checked.model is not None:
+            raise InvalidJob(["model: there is but one model here; leave it out"], checked.id)
+        self._bindings.learn(checked)
+        if checked.package is not None:
+            self._bindings.packages.add(checked.package)
+        bound, missing = self._bindings.bind(checked)
+        if missing:
+            raise InvalidJob(missing, checked.id)
+        request = bound.request
+        if not callable(request) and not is_source(request):
+            bound = msgspec.structs.replace(bound, request=frozen_request(request))
+        return bound, encode_job(checked)
+
+    # ---------------------------------------------------------------------------------- looking after jobs
+
+    async def pause(self, id: str, *, reason: str = "by request") -> CronJobInfo:
+        """Nothing is due until `resume`; what runs goes on. Raises `NotFound`."""
+        return await self._change(Pause(self._runs, id, reason or "by request"))
+
+    async def resume(self, id: str, *, catch_up: bool = False) -> CronJobInfo:
+        """Go on from now (what was due meanwhile is recorded as missed), or with `catch_up` by the job's misfire rule.
+        Raises `NotFound`."""
+        return await self._change(Resume(self._runs, id, catch_up=catch_up))
+
+    async def _change(self, intent: Intent) -> CronJobInfo:
+        self._check_open()
+        self._entry(intent.job)
+        await self._ledger.do(intent)
+        return self._info(self._entry(intent.job))
+
+    async def trigger(self, id: str, *, origin: str | None = None) -> CronRun:
+        """Fire once, now, also while the job is paused; its overlap policy holds. Asked for twice under one `origin` it
+        is one run. Returns the run as it was recorded. Raises `NotFound`, `InvalidJob` for a job that cannot run
+        here."""
+        self._check_open()
+        self._entry(id)
+        return run_view(await self._ledger.do(Trigger(self._runs, id, origin)))
+
+    async def backfill(
+        self, id: str, start: dt.datetime, end: dt.datetime, *, concurrency: int = 1, origin: str | None = None
+    ) -> tuple[str, int]:
+        """Fire for every occurrence from `start` up to but not including `end`, `concurrency` at a time beside what the
+        schedule fires. Returns the origin of the runs, and how many there are (0 where that origin has been asked for
+        before). Raises `NotFound`, `InvalidJob` for a range without occurrences, or with more than 10,000."""
+        self._check_open()
+        self._entry(id)
+        faults = [
+            f"backfill.{name}: expected a datetime with a time zone, got {value!r}"
+            for name, value in (("start", start), ("end", end))
+            if not isinstance(value, dt.datetime) or value.tzinfo is None
+        ]
+        if type(concurrency) is not int or concurrency < 1:
+            faults.append(f"backfill.concurrency: expected an integer of 1 or more, got {concurrency!r}")
+        if faults:
+            raise InvalidJob(faults, id)
+        found: tuple[str, int] = await self._ledger.do(
+            Fill(self._runs, id, micros(start), micros(end), concurrency, origin)
+        )
+        return found
+
+    def preview(self, id: str, n: int = 5) -> list[dt.datetime]:
+        """When the job is due next, at most `n` times: as scheduled, whether or not it is paused. Raises `NotFound`."""
+        entry = self._entry(id)
+        timetable = entry.timetable
+        found: list[dt.datetime] = []
+        last = max(entry.state.cursor, self._wall())
+        while timetable is not None and len(found) < n and (nominal := timetable.next(last)) is not None:
+            found.append(moment(nominal))
+            last = nominal
+        return found
+
+    # ---------------------------------------------------------------------------------------- reports
+
+    async def list_jobs(self) -> list[CronJobInfo]:
+        """All jobs, by id."""
+        return [self._info(self._ledger.entries[id]) for id in sorted(self._ledger.entries)]
+
+    async def job_info(self, id: str) -> CronJobInfo | None:
+        """What is known of a job; None if there is none of that id."""
+        entry = self._ledger.entries.get(id)
+        return None if entry is None else self._info(entry)
+
+    def job(self, id: str) -> CronJob:
+        """A job as it fires, to make another of it (`msgspec.structs.replace`) for `update`. Raises `NotFound`, and
+        `InvalidJob` where its stored definition cannot be read."""
+        entry = self._entry(id)
+        if entry.job is None:
+            raise InvalidJob([str(entry.unbound)], id)
+        return entry.job
+
+    def definition(self, id: str) -> bytes:
+        """A job's definition as JSON text. Raises `NotFound`."""
+        return self._entry(id).definition
+
+    def parse(self, definition: bytes) -> CronJob:
+        """The job that a definition describes, to be registered. Raises `InvalidJob`."""
+        return self._bindings.decode(definition)
+
+    async def runs(
+        self,
+        id: str | None = None,
+        *,
+        limit: int = 100,
+        before: int | None = None,
+        states: Sequence[RunState] = (),
+        origin: str | None = None,
+    ) -> list[CronRun]:
+        """The history of a job (None: of all), the newest first: at most `limit` runs with numbers below `before`, in
+        these states (none given: in any). What ran just now has its latest figures. A job that is gone still has its
+        history. Raises `StoreError`."""
+        self._check_open()
+        found = await self._ledger.store.runs(
+            RunQuery(job=id, states=tuple(states), origin=origin, before=before, limit=limit)
+        )
+        return [self._runs.view(run) for run in found]
+
+    async def run(self, number: int) -> CronRun:
+        """One run by its number. Raises `NotFound`, `StoreError`."""
+        self._check_open()
+        found = await self._ledger.store.numbered(number)
+        if found is None:
+            raise NotFound(f"no run {number}")
+        return self._runs.view(found)
+
+    def events(self) -> AsyncGenerator[CronEvent, None]:
+        """What happens from now on, until the scheduler is closed. A reader that falls 1,000 events behind loses the
+        oldest, and is told how many."""
+        return self._events.read()
+
+    def statistics(self) -> CronStatistics:
+        """The figures of this process."""
+        figures = self._runs.figures
+        failing = self._ledger.failing
+        return CronStatistics(
+            jobs=len(self._ledger.entries),
+            running=self._runs.running,
+            waiting=self._runs.waiting,
+            overdue=self._alarm.overdue(),
+            fired=figures.fired,
+            outcomes=figures.outcomes(),
+            outcomes_by_job={job: dict(counter) for job, counter in figures.by_job.items()},
+            lateness_p50=figures.lateness.percentile(50),
+            lateness_p99=figures.lateness.percentile(99),
+            duration_p50=figures.duration.percentile(50),
+            duration_p99=figures.duration.percentile(99),
+            store_failing=None if failing is None else str(failing),
+        )
+
+    async def compact(self) -> None:
+        """Hold the history to its bounds now, and give back what the store has freed. Raises `StoreError`."""
+        self._check_open()
+        await self._watch.prune()
+        await self._ledger.store.compact()
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _check_open(self) -> None:
+        if self._phase != "open":
+            raise CronError(f"the cron scheduler is {self._phase}")
+
+    def _entry(self, id: str) -> Entry:
+        entry = self._ledger.entries.get(id)
+        if entry is None:
+            raise NotFound(f"no job {id!r}")
+        return entry
+
+    def _info(self, entry: Entry) -> CronJobInfo:
+        return job_info(entry.id, entry.job, entry.state, next_firing=entry.next, unbound=entry.unbound)
+
+    def _target_of(self, model: str | None) -> CronTarget:
+        if model is None:
+            return self._target  # type: ignore[no-any-return]
+        return self._target.target(model)  # type: ignore[no-any-return]
+
+    def _read(self, entry: Entry) -> None:
+        """A job is not what it was: another process changed it, or what it refers to by name is there now."""
+        if entry.timetable is None or entry.unbound is not None:
+            entry.job, entry.unbound = self._bindings.read(
+                entry.definition, allow_latency_critical=self._allow_critical
+            )
+            entry.timetable = None if entry.job is None else Timetable.of(entry.job, entry.state.anchor)
+        self._runs.reschedule(entry)
+        self._runs.room_for_waiting(entry)
+
+    def _gone(self, entry: Entry) -> None:
+        self._alarm.set(entry, None)
+        self._registered.discard(entry.id)
+
+
+def _must_not_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("%s has stopped: jobs no longer fire as they should", task.get_name(), exc_info=error)

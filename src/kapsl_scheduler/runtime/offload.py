@@ -1,0 +1,116 @@
+"""Somebody else's plain functions, called where they cannot hold up the loop: each in a daemon thread of its own.
+
+A pool would be joined at exit, and one function that hangs would take a place of it for ever; here it costs nobody but
+itself. What is not here: the engines' threads (`runtime.worker`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Final, TypeVar
+
+__all__ = ["call", "in_thread", "taken_in_thread"]
+
+T = TypeVar("T")
+
+CHUNK: Final = 64
+"""Items that a thread takes from an iterator at a time: a thread costs about as much as a few dozen items."""
+PATIENCE: Final = 0.02
+"""Seconds after which a chunk is handed over as it is: whoever makes items slowly should not be waited for."""
+
+
+def in_thread(function: Callable[..., T], *words: Any) -> asyncio.Future[T]:
+    """The future of what `function(*words)` returns or raises, called in a thread.
+
+    Cancelling it leaves the thread to end by itself, and nobody hears of what comes of it.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        elif isinstance(error, StopIteration):  # which a future cannot carry
+            future.set_exception(RuntimeError(f"{function!r} raised StopIteration"))
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = function(*words)
+        except BaseException as error:
+            failure = error
+        try:
+            loop.call_soon_threadsafe(settle, result, failure)
+        except RuntimeError:
+            pass  # the loop has ended: nobody waits
+
+    threading.Thread(target=run, name=f"kapsl-call-{getattr(function, '__name__', 'function')}", daemon=True).start()
+    return future
+
+
+async def call(function: Callable[..., Any], *words: Any) -> Any:
+    """Call a plain function in a thread, a coroutine function here. A generator (of either kind) that it gives is
+    returned as it is."""
+    if _is_async(function):
+        result = function(*words)
+    else:
+        result = await in_thread(function, *words)
+    return await result if inspect.isawaitable(result) else result
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    """Also for a partial, and for an object whose `__call__` is a coroutine function."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    candidates = (function, type(function).__call__)
+    return any(inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one) for one in candidates)
+
+
+async def taken_in_thread(items: Iterator[T]) -> AsyncIterator[T]:
+    """The items of a plain iterator, taken in threads, a chunk ahead of whoever asks for them.
+
+    Closing this closes the iterator, in a thread too: once the chunk that is being taken is there.
+    """
+    taking = in_thread(_take, items)
+    try:
+        while True:
+            chunk, ended, error = await asyncio.shield(taking)
+            if not ended:
+                taking = in_thread(_take, items)
+            for item in chunk:
+                yield item
+            if error is not None:
+                raise error
+            if ended:
+                return
+    finally:
+        taking.add_done_callback(lambda _: _close_in_thread(items))
+
+
+def _take(items: Iterator[T]) -> tuple[list[T], bool, Exception | None]:
+    """The next chunk, whether it is the last, and what went wrong after it."""
+    chunk: list[T] = []
+    until = time.monotonic() + PATIENCE
+    try:
+        for item in items:
+            chunk.append(item)
+            if len(chunk) == CHUNK or time.monotonic() > until:
+                return chunk, False, None
+    except Exception as error:
+        return chunk, True, error
+    return chunk, True, None
+
+
+def _close_in_thread(items: Iterator[Any]) -> None:
+    close = getattr(items, "close", None)
+    if close is not None:
+        threading.Thread(target=close, name="kapsl-call-close", daemon=True).start()

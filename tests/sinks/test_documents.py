@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -49,6 +49,7 @@ def test_bytes_are_base64_and_what_json_does_not_know_is_text() -> None:
     assert dt.datetime.fromisoformat(outputs["t"][0]) == moment[0].item()
 
 
+@settings(max_examples=50)
 @given(
     npst.arrays(st.sampled_from([np.float16, np.float32]), 5, elements={"allow_nan": False, "allow_infinity": False})
 )

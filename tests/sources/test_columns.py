@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kapsl_scheduler.errors import InvalidInput
@@ -156,6 +156,7 @@ def test_a_choice_that_contradicts_itself_is_refused(inputs: Any, dtype: Any, fa
         Columns(inputs, dtype)
 
 
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(width=64) | st.integers(-(2**70), 2**70), min_size=1, max_size=4),
     st.sampled_from(["int8", "uint8", "int32", "uint32", "int64", "uint64", "bool", "float32", "float64"]),

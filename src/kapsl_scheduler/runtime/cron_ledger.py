@@ -74,8 +74,8 @@ class Draft:
         self.state = None if entry is None else entry.state
         self.definition: bytes | None = None
         self.remove = False
-        self.created: list[Run] = []
-        self.updated: list[Run] = []
+        self.created: tuple[Run, ...] = ()
+        self.updated: tuple[Run, ...] = ()
         self.taken_from: str | None = None
         self.memory: Mapping[str, str | None] = {}
 
@@ -91,8 +91,8 @@ class Draft:
             state=state,
             definition=self.definition,
             remove=self.remove,
-            created=tuple(self.created),
-            updated=tuple(self.updated),
+            created=self.created,
+            updated=self.updated,
             taken_from=self.taken_from,
             memory=self.memory,
         )
@@ -367,17 +367,31 @@ class Ledger:
 
 def _answer(draft: Draft, entry: Entry | None, numbers: Sequence[int]) -> None:
     for intent in draft.intents:
-        _tell(intent, intent.done, entry, numbers)
+        try:
+            answer = intent.done(entry, numbers)
+        except Exception as error:
+            _not_acted_on(intent, error)
+        else:
+            if intent.future is not None:
+                _hear(intent.future, answer)
 
 
 def _tell(intent: Intent, method: Callable[..., Any], *words: Any) -> None:
-    """Tell the intent, and whoever waits for it what it says."""
     try:
         answer = method(*words)
-    except Exception as error:  # the others of the round are to hear theirs
-        logger.exception("job %r: what was written was not acted on", intent.job)
-        intent.fail(error)
-        return
-    future = intent.future
-    if future is not None and not future.done():
+    except Exception as error:
+        _not_acted_on(intent, error)
+    else:
+        if intent.future is not None:
+            _hear(intent.future, answer)
+
+
+def _hear(future: asyncio.Future[Any], answer: Any) -> None:
+    if not future.done():
         future.set_result(answer)
+
+
+def _not_acted_on(intent: Intent, error: Exception) -> None:
+    """A mistake of ours: the others of the round are to hear their answers all the same."""
+    logger.error("job %r: what was written was not acted on", intent.job, exc_info=error)
+    intent.fail(error)

@@ -66,6 +66,7 @@ class Runs:
         self._ready: deque[Execution] = deque()
         self._runners: set[asyncio.Task[None]] = set()
         self._waiting_runners: list[asyncio.Future[None]] = []
+        self._called = False
         self._empty: asyncio.Future[None] | None = None  # until nothing runs, while the scheduler closes
         self._chores: dict[tuple[str, str], Callable[[], Any]] = {}
         self._chore = asyncio.Event()
@@ -102,14 +103,18 @@ class Runs:
         else:
             of_job.append(execution)
         self._ready.append(execution)
-        if len(self._ready) == 1:
-            self._call_runner()
+        self._call_runner()
 
     def _call_runner(self) -> None:
-        """Somebody looks after what is ready: a runner that waits, or a new one where there is a place for it."""
+        """Somebody looks after what is ready: a runner that waits, or a new one where there is a place for it. One that
+        has been called and has not come yet will do."""
+        if self._called:
+            return
         if self._waiting_runners:
+            self._called = True
             self._waiting_runners.pop().set_result(None)
         elif len(self._runners) < self._most:
+            self._called = True
             self._runners.add(asyncio.get_running_loop().create_task(self._look_after()))
 
     async def _look_after(self) -> None:
@@ -120,6 +125,7 @@ class Runs:
         loop = asyncio.get_running_loop()
         try:
             while True:
+                self._called = False
                 at_once = 0
                 while self._ready:
                     execution = self._ready.popleft()
@@ -243,7 +249,8 @@ class Runs:
 
     def room_for_waiting(self, entry: Entry) -> None:
         """Runs that wait may start now, if there are any."""
-        if entry.unbound is None and not self._closing and startable(entry.state):
+        state = entry.state
+        if (state.waiting or state.backfills) and entry.unbound is None and not self._closing and startable(state):
             self._chores[entry.id, "start"] = lambda: self._start_waiting(entry)
             self._chore.set()
 

@@ -193,8 +193,9 @@ class CronScheduler:
         while True:
             due = await self._alarm.next()
             for first in range(0, len(due), AT_ONCE):
+                if first:
+                    await asyncio.sleep(0)  # others want the loop too
                 await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due[first : first + AT_ONCE]])
-                await asyncio.sleep(0)  # many at a time: others want the loop too
 
     # ------------------------------------------------------------------------------------ registering
 

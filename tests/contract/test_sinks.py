@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kapsl_scheduler.ports import Sink, SinkItem, SinkWriter
-from kapsl_scheduler.sinks import CallableSink, JsonLinesSink, ParquetSink, WebhookSink
+from kapsl_scheduler.sinks import JsonLinesSink, ParquetSink, WebhookSink
 from tests.sinks.answers import answers, firing, keys, lines_of, receiver, remember, rows_of
 
 
@@ -47,7 +47,7 @@ def json_lines(folder: Path) -> list[dict[str, Any]]:
     return [line for path in sorted(folder.glob("*.jsonl")) for line in lines_of(path)]
 
 
-@pytest.fixture(params=["jsonl", "jsonl by attempt", "parquet", "parquet by attempt", "webhook", "callable"])
+@pytest.fixture(params=["jsonl", "jsonl by attempt", "parquet", "parquet by attempt", "webhook"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     folder = tmp_path / "out"
     match request.param:
@@ -59,10 +59,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
             yield files(ParquetSink(str(folder / "{job}.parquet")), folder, rows_of)
         case "parquet by attempt":
             yield files(ParquetSink(str(folder / "{nominal}-{attempt}")), folder, rows_of)
-        case "callable":
-            taken: list[SinkItem] = []
-            seen: Callable[[], list[str]] = lambda: list(dict.fromkeys(keys(taken)))  # noqa: E731
-            yield Place(CallableSink(taken.extend), lambda: keys(taken), seen, exact=False, clear=taken.clear)
         case _:
             with receiver() as server, stamina.set_testing(True, attempts=3, cap=True):
                 yield Place(
@@ -135,7 +131,7 @@ def test_only_so_many_runs_are_remembered(place: Place) -> None:
     writer = place.sink.open(firing(), memory)
     remember(memory, writer.flush())
     writer.close()
-    assert len(memory) <= 300 if isinstance(place.sink, CallableSink) else len(memory) == 100
+    assert len(memory) == 100
 
 
 def abandon(writer: SinkWriter) -> None:

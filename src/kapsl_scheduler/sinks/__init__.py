@@ -3,9 +3,8 @@
 Importing this package imports no framework: each adapter does that when it is opened.
 """
 
-from kapsl_scheduler.sinks.functions import CallableSink
 from kapsl_scheduler.sinks.jsonl import JsonLinesSink
 from kapsl_scheduler.sinks.parquet import ParquetSink
 from kapsl_scheduler.sinks.webhook import WebhookSink, verify
 
-__all__ = ["CallableSink", "JsonLinesSink", "ParquetSink", "WebhookSink", "verify"]
+__all__ = ["JsonLinesSink", "ParquetSink", "WebhookSink", "verify"]

@@ -159,6 +159,14 @@ def _draw_micro(report: Report, plt: Any) -> Any:
     return figure
 
 
+def _draw_store(report: Report, plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(9, 4))
+    _bars(axes, _of(report, "rate"), "contender", lambda name: _REFERENCE if name.startswith("bare") else _OURS)
+    axes.set_xscale("log")
+    axes.set_xlabel("commits, or rows, per second")
+    return figure
+
+
 def _draw_cron(report: Report, plt: Any) -> Any:
     rates = _of(report, "rate")
     contenders = _distinct(rates, "contender")
@@ -178,4 +186,5 @@ _DRAWINGS: Final[dict[str, Callable[[Report, Any], Any]]] = {
     "overload": _draw_overload,
     "queue10k": _draw_queue,
     "serial": _draw_serial,
+    "store": _draw_store,
 }

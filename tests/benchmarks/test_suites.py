@@ -91,6 +91,7 @@ SHORT = {
         "0.3",
     ],
     "queue10k": ["--loops", "asyncio"],
+    "store": ["--callers", "1,8", "--jobs", "100", "--seconds", "0.1"],
     "cron-next": [],
 }
 

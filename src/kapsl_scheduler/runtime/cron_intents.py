@@ -89,10 +89,10 @@ class _Creating(Intent):
             for execution in self._host.executions(self.job):
                 after = execution.cut(RunState.CANCELLED, "overlap", now)
                 state = booked(state, execution.run, after)
-                draft.updated.append(after)
+                draft.updated += (after,)
                 self._others.append((execution, after))
         draft.state = state
-        draft.created.extend(decided.runs)
+        draft.created += decided.runs
 
     def follow(self, entry: Entry, numbers: Sequence[int]) -> list[Run]:
         assert self._plan is not None
@@ -196,6 +196,7 @@ class Fill(Intent):
             raise InvalidJob(
                 [f"backfill: expected a range with 1 to {MAX_BACKFILL} occurrences, got {number}"], self.job
             )
+        runs: list[Run] = []
         nominal = timetable.next(start - 1)
         while nominal is not None and nominal < end:
             run = Run(
@@ -207,8 +208,9 @@ class Fill(Intent):
                 due=self._host.wall(),
                 limit=self._limit,
             )
-            draft.created.append(run)
+            runs.append(run)
             nominal = timetable.next(nominal)
+        draft.created += tuple(runs)
         backfills = {**state.backfills, self._origin: Backfill(self._limit, waiting=number)}
         draft.state = replace(state, due=state.due + number, backfills=backfills)
 
@@ -252,7 +254,7 @@ class Start(Intent):
             attempt=before.attempt + (before.started is not None),
         )
         draft.state = booked(state, before, self._after)
-        draft.updated.append(self._after)
+        draft.updated += (self._after,)
         draft.taken_from = ""
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
@@ -287,7 +289,7 @@ class Rescue(Intent):
                 self._after = replace(before, state=RunState.PENDING, reason="crash", owner="")
         if draft.state is not None and not before.detached:
             draft.state = booked(draft.state, before, self._after)
-        draft.updated.append(self._after)
+        draft.updated += (self._after,)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         if self._after.state is RunState.RUNNING and entry is not None:
@@ -315,7 +317,7 @@ class Cut(Intent):
     def decide(self, draft: Draft) -> None:
         if draft.state is not None:
             draft.state = booked(draft.state, self._before, self._after)
-        draft.updated.append(self._after)
+        draft.updated += (self._after,)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         self._host.noted(self._after)
@@ -333,7 +335,7 @@ class Attempt(Intent):
         self._after = after
 
     def decide(self, draft: Draft) -> None:
-        draft.updated.append(self._after)
+        draft.updated += (self._after,)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
         return True
@@ -380,7 +382,7 @@ class End(Intent):
             if limit is not None and state.failures >= limit and not state.paused:
                 state = replace(state, paused=f"{state.failures} failures in a row")
             draft.state = state
-        draft.updated.append(self._after)
+        draft.updated += (self._after,)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         self._host.noted(self._after)
@@ -428,7 +430,7 @@ class Define(Intent):
         elif before.schedule != self._job.schedule or before.firing != self._job.firing:
             # What the old schedule asked for is accounted for; the new one begins now.
             state, missed = missed_since(before, timetable, state, now, "updated")
-            draft.created.extend(missed)
+            draft.created += missed
             state = replace(state, cursor=max(state.cursor, now))
         draft.state = state
         draft.definition = self._definition
@@ -480,7 +482,7 @@ class Resume(Intent):
         entry = draft.entry
         if not self._catch_up and entry is not None and entry.job is not None and entry.timetable is not None:
             state, missed = missed_since(entry.job, entry.timetable, state, self._host.wall(), "paused")
-            draft.created.extend(missed)
+            draft.created += missed
         draft.state = state
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
@@ -510,10 +512,10 @@ class Remove(Intent):
         draft.remove = True
         for run in self._open:
             if run.state is RunState.RUNNING and not self._cancel:
-                draft.updated.append(replace(run, detached=True))
+                draft.updated += (replace(run, detached=True),)
             else:
                 self._cut.append(replace(run, state=RunState.CANCELLED, reason="unregistered", ended=now))
-        draft.updated.extend(self._cut)
+        draft.updated += tuple(self._cut)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
         cut = {run.key for run in self._cut}

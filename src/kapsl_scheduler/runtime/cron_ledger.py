@@ -24,6 +24,8 @@ __all__ = ["Draft", "Entry", "Intent", "Ledger"]
 
 logger = logging.getLogger(__name__)
 
+ROUND: Final = 128
+"""Intents that are decided before others get the loop: one or two milliseconds."""
 RETRY_FIRST: Final = 0.2
 RETRY_MOST: Final = 2.0
 """Seconds between attempts to write, from the first to the longest wait, while the store fails."""
@@ -72,8 +74,8 @@ class Draft:
         self.state = None if entry is None else entry.state
         self.definition: bytes | None = None
         self.remove = False
-        self.created: list[Run] = []
-        self.updated: list[Run] = []
+        self.created: tuple[Run, ...] = ()
+        self.updated: tuple[Run, ...] = ()
         self.taken_from: str | None = None
         self.memory: Mapping[str, str | None] = {}
 
@@ -89,8 +91,8 @@ class Draft:
             state=state,
             definition=self.definition,
             remove=self.remove,
-            created=tuple(self.created),
-            updated=tuple(self.updated),
+            created=self.created,
+            updated=self.updated,
             taken_from=self.taken_from,
             memory=self.memory,
         )
@@ -207,9 +209,10 @@ class Ledger:
                 await self._sleeper
                 self._sleeper = None
             else:
-                await self._write_all()
+                await self._write_all(gently=True)
 
-    async def _write_all(self) -> None:
+    async def _write_all(self, *, gently: bool = False) -> None:
+        """All that is in the queue; if `gently`, others get the loop between two rounds."""
         self._writing = True
         wait = RETRY_FIRST
         try:
@@ -226,6 +229,8 @@ class Ledger:
                     if self.failing is not None:
                         logger.warning("the store of the cron jobs works again")
                         self.failing, wait = None, RETRY_FIRST
+                    if gently and self._queue:
+                        await asyncio.sleep(0)
         finally:
             self._writing = False
             if self._queue:
@@ -265,7 +270,8 @@ class Ledger:
         drafts: dict[str, Draft] = {}
         full: set[str] = set()  # jobs of which no more goes into this round
         later: list[Intent] = []
-        for intent in self._queue:
+        for _ in range(min(len(self._queue), ROUND)):
+            intent = self._queue.popleft()
             job = intent.job
             draft = drafts.get(job)
             if draft is None:
@@ -282,8 +288,7 @@ class Ledger:
                 intent.fail(error)
             else:
                 draft.intents.append(intent)
-        self._queue.clear()
-        self._queue.extend(later)
+        self._queue.extendleft(reversed(later))
         return drafts.values()
 
     def _committed(self, draft: Draft, result: Committed) -> None:
@@ -362,17 +367,31 @@ class Ledger:
 
 def _answer(draft: Draft, entry: Entry | None, numbers: Sequence[int]) -> None:
     for intent in draft.intents:
-        _tell(intent, intent.done, entry, numbers)
+        try:
+            answer = intent.done(entry, numbers)
+        except Exception as error:
+            _not_acted_on(intent, error)
+        else:
+            if intent.future is not None:
+                _hear(intent.future, answer)
 
 
 def _tell(intent: Intent, method: Callable[..., Any], *words: Any) -> None:
-    """Tell the intent, and whoever waits for it what it says."""
     try:
         answer = method(*words)
-    except Exception as error:  # the others of the round are to hear theirs
-        logger.exception("job %r: what was written was not acted on", intent.job)
-        intent.fail(error)
-        return
-    future = intent.future
-    if future is not None and not future.done():
+    except Exception as error:
+        _not_acted_on(intent, error)
+    else:
+        if intent.future is not None:
+            _hear(intent.future, answer)
+
+
+def _hear(future: asyncio.Future[Any], answer: Any) -> None:
+    if not future.done():
         future.set_result(answer)
+
+
+def _not_acted_on(intent: Intent, error: Exception) -> None:
+    """A mistake of ours: the others of the round are to hear their answers all the same."""
+    logger.error("job %r: what was written was not acted on", intent.job, exc_info=error)
+    intent.fail(error)

@@ -28,6 +28,11 @@ __all__ = ["Runs"]
 
 logger = logging.getLogger(__name__)
 
+IDLE_RUNNERS: Final = 8
+"""Tasks that are kept for the next runs."""
+AT_ONCE: Final = 64
+"""Runs that a runner begins, and changes that are decided, before others get the loop: about a millisecond."""
+
 PRUNE_EVERY: Final = 500
 """Runs that may end between two looks at the history's bounds."""
 
@@ -57,17 +62,18 @@ class Runs:
         self._events = events
         self._most = most
         self._of_job: dict[str, list[Execution]] = {}
-        self._tasks: dict[asyncio.Task[None], Execution] = {}
+        self.running = 0
         self._ready: deque[Execution] = deque()
+        self._runners: set[asyncio.Task[None]] = set()
+        self._waiting_runners: list[asyncio.Future[None]] = []
+        self._called = False
+        self._empty: asyncio.Future[None] | None = None  # until nothing runs, while the scheduler closes
         self._chores: dict[tuple[str, str], Callable[[], Any]] = {}
         self._chore = asyncio.Event()
-        self._closing = False
+        self._closing = False  # nothing that waits in the store is started any more
+        self._ended = False
 
     # ---------------------------------------------------------------------------------------- dispatching
-
-    @property
-    def running(self) -> int:
-        return len(self._tasks)
 
     @property
     def waiting(self) -> int:
@@ -96,35 +102,68 @@ class Runs:
             self._of_job[run.job] = [execution]
         else:
             of_job.append(execution)
-        if len(self._tasks) < self._most:
-            self._begin(execution, run.started or run.due)
-        else:
-            self._ready.append(execution)
+        self._ready.append(execution)
+        self._call_runner()
 
-    def _begin(self, execution: Execution, now: int) -> None:
-        self.figures.started(execution.run, now)
+    def _call_runner(self) -> None:
+        """Somebody looks after what is ready: a runner that waits, or a new one where there is a place for it. One that
+        has been called and has not come yet will do."""
+        if self._called:
+            return
+        if self._waiting_runners:
+            self._called = True
+            self._waiting_runners.pop().set_result(None)
+        elif len(self._runners) < self._most:
+            self._called = True
+            self._runners.add(asyncio.get_running_loop().create_task(self._look_after()))
+
+    async def _look_after(self) -> None:
+        """A runner: one run after another, as long as there are any. Who begins one calls the next runner first, since
+        it may take long; where runs are short, few runners do it all."""
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                self._called = False
+                at_once = 0
+                while self._ready:
+                    execution = self._ready.popleft()
+                    if self._ready:
+                        self._call_runner()
+                    if not execution.discarded:
+                        await self._see_through(execution, task)
+                    self._forget(execution)
+                    at_once += 1
+                    if at_once == AT_ONCE:  # they have not waited for anything: others want the loop too
+                        await asyncio.sleep(0)
+                        at_once = 0
+                if self._ended or len(self._waiting_runners) >= IDLE_RUNNERS:
+                    return
+                waiter: asyncio.Future[None] = loop.create_future()
+                self._waiting_runners.append(waiter)
+                await waiter
+        finally:
+            self._runners.discard(task)
+
+    async def _see_through(self, execution: Execution, task: asyncio.Task[None]) -> None:
+        """One run, to its end. Cancelling it is meant for the run, not for the runner."""
+        run = execution.run
+        self.figures.started(run, self.wall())
         if self._events.wanted:
-            self.told("started", execution.run.job, execution.run)
-        task = execution.task = asyncio.get_running_loop().create_task(execution())
-        self._tasks[task] = execution
-        task.add_done_callback(self._over)
-
-    def _over(self, task: asyncio.Task[None]) -> None:
-        execution = self._tasks.pop(task)
-        self._forget(execution)
-        if task.cancelled():
-            if not execution.discarded and not execution.recording:  # before its first step
-                self._ledger.post(End(self, execution.run, execution.cut_short()))
-        elif (error := task.exception()) is not None:
-            logger.error("job %r: a run ended in an error of the scheduler", execution.run.job, exc_info=error)
-            after = execution.cut(RunState.FAILED, "internal", self.wall())
-            self._ledger.post(End(self, execution.run, after))
-        while self._ready and len(self._tasks) < self._most:
-            waiting = self._ready.popleft()
-            if waiting.discarded:
-                self._forget(waiting)
-            else:
-                self._begin(waiting, self.wall())
+            self.told("started", run.job, run)
+        execution.task = task
+        self.running += 1
+        try:
+            await execution()
+        except Exception as error:
+            logger.error("job %r: a run ended in an error of the scheduler", run.job, exc_info=error)
+            self._ledger.post(End(self, execution.run, execution.cut(RunState.FAILED, "internal", self.wall())))
+        finally:
+            self.running -= 1
+            execution.task = None
+            while task.cancelling():
+                task.uncancel()
 
     def _forget(self, execution: Execution) -> None:
         of_job = self._of_job[execution.run.job]
@@ -132,24 +171,30 @@ class Runs:
             del self._of_job[execution.run.job]
         else:
             of_job.remove(execution)
+        if not self._of_job and self._empty is not None and not self._empty.done():
+            self._empty.set_result(None)
 
     async def drain(self, seconds: float) -> None:
         """Let runs end for a while, then cut short the rest: nothing runs when this is over. What waits in the store
         stays there."""
         self._closing = True
-        until = asyncio.get_running_loop().time() + seconds
         try:
-            while self._tasks and (left := until - asyncio.get_running_loop().time()) > 0:
-                await asyncio.wait(self._tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if self._of_job and seconds > 0:
+                self._empty = asyncio.get_running_loop().create_future()
+                await asyncio.wait([self._empty], timeout=seconds)
         finally:
+            self._ended = True
             for execution in self._ready:
                 if not execution.discarded:
                     self._ledger.post(End(self, execution.run, execution.cut_short()))
             self._ready.clear()
-            for task in self._tasks:
-                task.cancel()
-            if self._tasks:
-                await asyncio.wait(self._tasks)
+            for execution in self.everyone():
+                if execution.task is not None:
+                    execution.task.cancel()
+            while self._waiting_runners:
+                self._waiting_runners.pop().cancel()
+            if self._runners:
+                await asyncio.wait(self._runners)
 
     # -------------------------------------------------------------------------- what executions ask for
 
@@ -204,7 +249,8 @@ class Runs:
 
     def room_for_waiting(self, entry: Entry) -> None:
         """Runs that wait may start now, if there are any."""
-        if entry.unbound is None and not self._closing and startable(entry.state):
+        state = entry.state
+        if (state.waiting or state.backfills) and entry.unbound is None and not self._closing and startable(state):
             self._chores[entry.id, "start"] = lambda: self._start_waiting(entry)
             self._chore.set()
 

@@ -41,7 +41,7 @@ from kapsl_scheduler.runtime.cron_intents import Define, Fill, Fire, Pause, Remo
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
 from kapsl_scheduler.runtime.cron_manifest import declared_job
 from kapsl_scheduler.runtime.cron_metrics import CronFigures, CronStatistics
-from kapsl_scheduler.runtime.cron_runs import Runs
+from kapsl_scheduler.runtime.cron_runs import AT_ONCE, Runs
 from kapsl_scheduler.runtime.cron_views import CronEvent, CronJobInfo, CronRun, job_info, run_view
 from kapsl_scheduler.runtime.cron_watch import Watch
 from kapsl_scheduler.stores.memory import MemoryStore
@@ -204,7 +204,10 @@ class CronScheduler:
     async def _fire(self) -> None:
         while True:
             due = await self._alarm.next()
-            await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due])
+            for first in range(0, len(due), AT_ONCE):
+                if first:
+                    await asyncio.sleep(0)  # others want the loop too
+                await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due[first : first + AT_ONCE]])
 
     # ------------------------------------------------------------------------------------ registering
 

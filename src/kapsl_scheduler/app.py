@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import uvicorn
 
 from kapsl_scheduler.config import Config, ConfigError, ModelSettings, unknown_key
@@ -43,6 +44,8 @@ from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
 from kapsl_scheduler.server.connection import Connection
 from kapsl_scheduler.server.cron import misfit
 from kapsl_scheduler.server.http import HttpApi
+from kapsl_scheduler.sinks import JsonLinesSink, ParquetSink, WebhookSink
+from kapsl_scheduler.sources import FolderSource
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.stores.sqlite import SqliteStore
 
@@ -378,9 +381,15 @@ def _store(config: Config) -> JobStore:
     return SqliteStore(config.state_directory / "cron.db")
 
 
+_ADAPTERS: Final[Mapping[str, Any]] = {
+    "source": FolderSource,
+    "sink": JsonLinesSink | ParquetSink | WebhookSink,
+}
+
+
 def _adapters(kind: str, settings: Mapping[str, Any]) -> Any:
-    """The source or the sink that a stored job describes. Raises `ValueError` for a kind that is not here."""
-    raise ValueError(f"no {kind} of type {settings.get('type')!r} is known here")
+    """The source or the sink that a stored job describes. Raises `ValueError` for settings of none of them."""
+    return msgspec.convert(settings, _ADAPTERS[kind])
 
 
 # ---------------------------------------------------------------------------------------------- the server

@@ -342,4 +342,4 @@ def explain(expression: str, tz: str, number: int, after: dt.datetime | None, as
     from kapsl_scheduler import cli_tables
 
     click.echo(parsed.explain())
-    cli_tables.show_times(times, parsed.tz_name)
+    cli_tables.show_times(times, parsed.tz_name, after)

@@ -99,8 +99,8 @@ def show_job(job: Mapping[str, Any], times: Sequence[str], runs: Sequence[Mappin
         show_runs(runs)
 
 
-def show_times(times: Iterable[dt.datetime], tz: str) -> None:
-    """Times in a zone, in UTC, and how far away they are."""
+def show_times(times: Iterable[dt.datetime], tz: str, after: dt.datetime | None = None) -> None:
+    """Times in a zone, in UTC, and how far away they are: from now, or from another moment."""
     rows = list(times)
     if not rows:
         _console().print("It never fires.")
@@ -110,7 +110,7 @@ def show_times(times: Iterable[dt.datetime], tz: str) -> None:
     for time in rows:
         utc = _written(time.astimezone(dt.UTC))
         local = [] if tz == "UTC" else [_written(_in_zone(time, tz))]
-        table.add_row(*local, utc, _away(time))
+        table.add_row(*local, utc, _away(time, after))
     _console().print(table)
 
 
@@ -186,6 +186,6 @@ def _written(time: dt.datetime) -> str:
     return f"{time:%a} {time.isoformat(sep=' ', timespec='milliseconds' if time.microsecond else 'seconds')}"
 
 
-def _away(time: dt.datetime) -> str:
-    seconds = (time - dt.datetime.now(dt.UTC)).total_seconds()
+def _away(time: dt.datetime, now: dt.datetime | None = None) -> str:
+    seconds = (time - (now or dt.datetime.now(dt.UTC))).total_seconds()
     return f"in {span(seconds)}" if seconds > 0 else f"{span(-seconds)} ago"

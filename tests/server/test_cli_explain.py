@@ -22,9 +22,9 @@ def test_words_and_the_next_times_in_the_zone_and_utc() -> None:
     lines = printed.splitlines()
     assert (code, lines[0]) == (0, "At 02:30:00 every day, Europe/Zurich time")
     assert lines[1].split() == ["Europe/Zurich", "UTC", "away"]
-    assert [line.split("  ")[:2] for line in lines[2:]] == [
-        ["Sun 2026-03-29 03:00:00+02:00", "Sun 2026-03-29 01:00:00+00:00"],
-        ["Mon 2026-03-30 02:30:00+02:00", "Mon 2026-03-30 00:30:00+00:00"],
+    assert [line.split("  ") for line in lines[2:]] == [
+        ["Sun 2026-03-29 03:00:00+02:00", "Sun 2026-03-29 01:00:00+00:00", "in 13 h"],
+        ["Mon 2026-03-30 02:30:00+02:00", "Mon 2026-03-30 00:30:00+00:00", "in 2 d "],
     ]
 
 

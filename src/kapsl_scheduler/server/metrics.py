@@ -55,10 +55,6 @@ class _CronCollector(Collector):
     def __init__(self, cron: CronScheduler) -> None:
         self._cron = cron
 
-    def describe(self) -> Iterator[Metric]:
-        """Nothing: that would ask for the figures when there are none yet."""
-        return iter(())
-
     def collect(self) -> Iterator[Metric]:
         now, figures = self._cron.statistics(), self._cron.figures
         yield GaugeMetricFamily("kapsl_cron_jobs", "Jobs that are known.", value=now.jobs)

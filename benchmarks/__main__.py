@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from benchmarks import cron_next, digits, flood, micro, overload, queue10k, serial, store
+from benchmarks import cron, cron_live, cron_next, digits, flood, micro, overload, queue10k, serial, store
 from benchmarks.devices import DIGITS
 from benchmarks.loops import LOOPS
 from benchmarks.machine import ROOT, Neighbours
@@ -30,10 +30,20 @@ SUITES: Final[dict[str, tuple[Callable[[Any], Report], Any]]] = {
     "overload": (overload.run, overload.Options()),
     "store": (store.run, store.Options()),
     "cron-next": (cron_next.run, cron_next.Options()),
+    "cron": (cron.run, cron.Options()),
+    "cron-live": (cron_live.run, cron_live.Options()),
 }
 """How each suite is run, and its options where the command line gives none."""
 
-QUICK: Final[dict[str, Any]] = {"rounds": 1, "repeats": 5, "cycles": 3, "seconds": 0.5, "warmup": 0.2, "year_days": 1.0}
+QUICK: Final[dict[str, Any]] = {
+    "rounds": 1,
+    "repeats": 5,
+    "cycles": 3,
+    "seconds": 0.5,
+    "warmup": 0.2,
+    "slow": 1.0,
+    "year_days": 1.0,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -281,6 +281,7 @@ class SourceItem(msgspec.Struct, frozen=True):
     progress: float | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a firing's requests come from. Its settings are its fields (a `msgspec.Struct` with a tag), so that a job
     can be stored; it holds nothing else.
@@ -329,6 +330,7 @@ class SinkWriter(Protocol):
         `flush` may be lost, but nothing that was flushed."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where a firing's answers go. Its settings are its fields, as with a source.
 

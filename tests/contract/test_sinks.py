@@ -14,7 +14,7 @@ import stamina
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kapsl_scheduler.ports import Sink, SinkItem, SinkWriter
+from kapsl_scheduler.ports import Sink, SinkWriter
 from kapsl_scheduler.sinks import JsonLinesSink, ParquetSink, WebhookSink
 from tests.sinks.answers import answers, firing, keys, lines_of, receiver, remember, rows_of
 

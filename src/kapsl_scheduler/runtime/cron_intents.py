@@ -7,7 +7,6 @@ and the store (`runtime.cron_ledger`), which occurrences become runs (`core.firi
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
@@ -36,6 +35,7 @@ __all__ = [
     "Trigger",
 ]
 
+_NOT_ENABLED: Final = "not enabled"
 MAX_BACKFILL: Final = 10_000
 """Runs that one backfill may ask for."""
 
@@ -46,6 +46,8 @@ class IntentHost(Protocol):
     """What intents need of their scheduler."""
 
     owner: str
+    closing: bool
+    cutting: bool
 
     def wall(self) -> int: ...
     def launch(self, entry: Entry, run: Run) -> None: ...
@@ -54,6 +56,7 @@ class IntentHost(Protocol):
     def schedule(self, entry: Entry, nominal: int | None, due: int | None) -> None: ...
     def reschedule(self, entry: Entry) -> None: ...
     def executions(self, job: str) -> list[Execution]: ...
+    def look_again(self, job: str) -> None: ...
     def told(self, kind: str, job: str, run: Run | None = None) -> None: ...
     def room_for_waiting(self, entry: Entry) -> None: ...
     def cancel_elsewhere(self, entry: Entry, besides: Sequence[Run]) -> None: ...
@@ -72,25 +75,27 @@ class _Creating(Intent):
     __slots__ = ("_first", "_host", "_others", "_plan")
 
     _first: int
-    _others: list[tuple[Execution, Run]]
 
     def __init__(self, host: IntentHost, job: str) -> None:
         super().__init__(job)
         self._host = host
         self._plan: Plan | None = None
+        self._others: Sequence[tuple[Execution, Run]] = ()
 
     def take(self, draft: Draft, decided: Plan) -> None:
         self._plan = decided
         self._first = len(draft.created)
         state = decided.state
         if decided.cancel_others:
-            self._others = []
+            self._others = others = []
             now = self._host.wall()
             for execution in self._host.executions(self.job):
+                if execution.run.detached or execution.run.limit:
+                    continue  # not this job's any more, or of a backfill, which goes its own way
                 after = execution.cut(RunState.CANCELLED, "overlap", now)
                 state = booked(state, execution.run, after)
                 draft.updated.append(after)
-                self._others.append((execution, after))
+                others.append((execution, after))
         draft.state = state
         draft.created.extend(decided.runs)
 
@@ -100,7 +105,7 @@ class _Creating(Intent):
             for execution, after in self._others:
                 execution.discard("overlap")
                 self._host.noted(after)
-            if entry.state.running + entry.state.waiting > len(self._plan.runs):
+            if entry.state.running + entry.state.waiting > 1:
                 self._host.cancel_elsewhere(entry, self._plan.runs)
         runs = [
             replace(run, number=number) for run, number in zip(self._plan.runs, numbers[self._first :], strict=False)
@@ -111,6 +116,13 @@ class _Creating(Intent):
             else:
                 self._host.noted(run)
         return runs
+
+    def gives_way(self) -> bool:
+        """What was to be cancelled in its favour is another process's by now: that one says how it ends."""
+        others, self._others = self._others, []
+        for execution, _ in others:
+            execution.discard("taken over")
+        return bool(others)
 
 
 class Fire(_Creating):
@@ -126,7 +138,7 @@ class Fire(_Creating):
 
     def decide(self, draft: Draft) -> None:
         entry, state = draft.entry, draft.state
-        if entry is None or state is None or entry.unbound is not None:
+        if entry is None or state is None or entry.unbound is not None or self._host.cutting:
             self._plan = None
             return
         assert entry.job is not None
@@ -138,8 +150,12 @@ class Fire(_Creating):
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         if entry is None or self._plan is None:
             return
-        self.follow(entry, numbers)
         self._host.schedule(entry, self._plan.next, self._plan.due)
+        self.follow(entry, numbers)
+
+    def fail(self, error: Exception) -> None:
+        """It could not be decided: that must not be the end of the job."""
+        self._host.look_again(self.job)
 
     def exists(self, run: Run) -> None:
         """The run was made in an earlier life of the job: it is not made again, and the schedule goes on behind it."""
@@ -149,21 +165,28 @@ class Fire(_Creating):
 
 
 class Trigger(_Creating):
-    """One run now, asked for by name. Asked for twice under one origin, it is the same run."""
+    """One run now. With a `version`, whoever asks has looked at the job as of then, and has not found that it was asked
+    for before: a job that is another by now is to be looked at again, and the answer is None."""
 
-    __slots__ = ("_origin",)
+    __slots__ = ("_origin", "_version")
 
     alone = True
 
-    def __init__(self, host: IntentHost, job: str, origin: str | None) -> None:
+    def __init__(self, host: IntentHost, job: str, origin: str, version: int | None) -> None:
         super().__init__(host, job)
-        self._origin = origin or f"trigger-{uuid.uuid4().hex}"
+        self._origin = origin
+        self._version = version
 
     def decide(self, draft: Draft) -> None:
+        self._plan = None
         state = _books(draft, self.job)
-        self.take(draft, place(_ready(draft), state, self._origin, self._host.wall(), self._host.owner))
+        job = _ready(draft)
+        if self._version is None or self._version == draft.expected:
+            self.take(draft, place(job, state, self._origin, self._host.wall(), self._host.owner))
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> Run:
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> Run | None:
+        if self._plan is None:
+            return None
         assert entry is not None
         return self.follow(entry, numbers)[0]
 
@@ -172,22 +195,27 @@ class Trigger(_Creating):
 
 
 class Fill(Intent):
-    """The runs of a backfill: one for each occurrence of a range, a few at a time."""
+    """The runs of a backfill: one for each occurrence of a range, a few at a time. Says how many; None as `Trigger`."""
 
-    __slots__ = ("_host", "_limit", "_origin", "_range")
+    __slots__ = ("_host", "_limit", "_origin", "_range", "_version")
 
     alone = True
 
-    def __init__(self, host: IntentHost, job: str, start: int, end: int, limit: int, origin: str | None) -> None:
+    def __init__(
+        self, host: IntentHost, job: str, start: int, end: int, limit: int, origin: str, version: int | None
+    ) -> None:
         super().__init__(job)
         self._host = host
         self._range = (start, end)
         self._limit = limit
-        self._origin = origin or f"backfill-{uuid.uuid4().hex}"
+        self._origin = origin
+        self._version = version
 
     def decide(self, draft: Draft) -> None:
         state = _books(draft, self.job)
         _ready(draft)
+        if self._version is not None and self._version != draft.expected:
+            return
         timetable = draft.entry.timetable if draft.entry is not None else None
         assert timetable is not None
         start, end = self._range
@@ -212,13 +240,13 @@ class Fill(Intent):
         backfills = {**state.backfills, self._origin: Backfill(self._limit, waiting=number)}
         draft.state = replace(state, due=state.due + number, backfills=backfills)
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> tuple[str, int]:
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> int | None:
         assert entry is not None
         self._host.room_for_waiting(entry)
-        return self._origin, len(numbers)
+        return len(numbers) or None
 
-    def exists(self, run: Run) -> tuple[str, int]:
-        return self._origin, 0
+    def exists(self, run: Run) -> int:
+        return 0
 
 
 class Start(Intent):
@@ -238,7 +266,7 @@ class Start(Intent):
     def decide(self, draft: Draft) -> None:
         before, state = self._before, draft.state
         self._after = before
-        if state is None or draft.entry is None or draft.entry.unbound is not None:
+        if state is None or draft.entry is None or draft.entry.unbound is not None or self._host.closing:
             return
         origin = before.origin if before.limit else None
         if not any(place == origin for place, _ in startable(state)):
@@ -360,32 +388,40 @@ class Checkpoint(Attempt):
 
 
 class End(Intent):
-    """A run has ended, one way or another."""
+    """A run has ended, one way or another, or goes back to wait. `anchor` is that of its job when it was dispatched:
+    what has another is a later job of the same id, in whose books it is not."""
 
-    __slots__ = ("_after", "_before", "_host")
+    __slots__ = ("_after", "_anchor", "_before", "_host", "_pauses")
 
     lasting = True
 
-    def __init__(self, host: IntentHost, before: Run, after: Run) -> None:
+    def __init__(self, host: IntentHost, before: Run, after: Run, anchor: int) -> None:
         super().__init__(before.job)
         self._host = host
         self._before = before
         self._after = after
+        self._anchor = anchor
+        self._pauses = False
 
     def decide(self, draft: Draft) -> None:
-        if draft.state is not None and not self._before.detached:
-            state = booked(draft.state, self._before, self._after)
+        state = draft.state
+        self._pauses = False
+        if state is not None and state.anchor == self._anchor and not self._before.detached:
+            state = booked(state, self._before, self._after)
             job = None if draft.entry is None else draft.entry.job
             limit = None if job is None else job.run.pause_after
             if limit is not None and state.failures >= limit and not state.paused:
+                self._pauses = True
                 state = replace(state, paused=f"{state.failures} failures in a row")
             draft.state = state
+        if self._after.owner != self._before.owner:
+            draft.taken_from = self._before.owner
         draft.updated.append(self._after)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         self._host.noted(self._after)
         if entry is not None:
-            if entry.state.paused and entry.due is not None:
+            if self._pauses:
                 self._host.reschedule(entry)
                 self._host.told("paused", self.job)
             self._host.room_for_waiting(entry)
@@ -394,7 +430,7 @@ class End(Intent):
 class Define(Intent):
     """A job as its owner wants it: new, or in place of what is known under its id, with its counters and its phase."""
 
-    __slots__ = ("_definition", "_host", "_job", "_refuse", "_told")
+    __slots__ = ("_definition", "_host", "_job", "_missed", "_refuse", "_told")
 
     alone = True
 
@@ -405,15 +441,17 @@ class Define(Intent):
         self._definition = definition
         self._refuse = refuse
         self._told = ""
+        self._missed: list[Run] = []
 
     def decide(self, draft: Draft) -> None:
         now = self._host.wall()
         entry, state = draft.entry, draft.state
+        self._missed = draft.created  # it is alone
         if entry is None or state is None:
             self._told = "registered"
             if Timetable.of(self._job, now).next(now) is None:
                 raise InvalidJob(["schedule: it never fires from now on"], self.job)
-            draft.state = JobState(anchor=now, cursor=now, paused="" if self._job.enabled else "not enabled")
+            draft.state = JobState(anchor=now, cursor=now, paused="" if self._job.enabled else _NOT_ENABLED)
             draft.definition = self._definition
             return
         self._told = ""
@@ -430,6 +468,14 @@ class Define(Intent):
             state, missed = missed_since(before, timetable, state, now, "updated")
             draft.created.extend(missed)
             state = replace(state, cursor=max(state.cursor, now))
+        if before is not None and before.enabled != self._job.enabled:
+            if not self._job.enabled:
+                state = replace(state, paused=state.paused or _NOT_ENABLED)
+            elif state.paused == _NOT_ENABLED:
+                assert timetable is not None
+                state, missed = missed_since(before, timetable, state, now, "paused")
+                draft.created.extend(missed)
+                state = replace(state, paused="")
         draft.state = state
         draft.definition = self._definition
 
@@ -438,6 +484,7 @@ class Define(Intent):
         entry.job, entry.timetable, entry.unbound = self._job, Timetable.of(self._job, entry.state.anchor), None
         self._host.reschedule(entry)
         self._host.room_for_waiting(entry)
+        _note(self._host, self._missed, numbers)
         if self._told:
             self._host.told(self._told, self.job)
 
@@ -465,46 +512,58 @@ class Pause(Intent):
 class Resume(Intent):
     """Occurrences are due again: from now on, or also those of the time between."""
 
+    alone = True
+
     __slots__ = ("_catch_up", "_host", "_missed")
 
     def __init__(self, host: IntentHost, job: str, *, catch_up: bool) -> None:
         super().__init__(job)
         self._host = host
         self._catch_up = catch_up
+        self._missed: tuple[Run, ...] = ()
 
     def decide(self, draft: Draft) -> None:
         state = _books(draft, self.job)
+        self._missed = ()
         if not state.paused:
             return
         state = replace(state, paused="", failures=0)
         entry = draft.entry
         if not self._catch_up and entry is not None and entry.job is not None and entry.timetable is not None:
-            state, missed = missed_since(entry.job, entry.timetable, state, self._host.wall(), "paused")
-            draft.created.extend(missed)
+            now = self._host.wall()
+            state, self._missed = missed_since(entry.job, entry.timetable, state, now, "paused")
+            draft.created.extend(self._missed)
         draft.state = state
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
         self._host.reschedule(entry)
+        _note(self._host, self._missed, numbers)
         self._host.told("resumed", self.job)
 
 
 class Remove(Intent):
-    """The job is no more. What waits is cancelled; what runs is too, or goes on without it."""
+    """The job is no more. What waits is cancelled; what runs is too, or goes on without it. `open_runs` are those of
+    that `version`: if it is another by now, the answer is False, and whoever asks looks again."""
 
-    __slots__ = ("_cancel", "_cut", "_host", "_open")
+    __slots__ = ("_cancel", "_cut", "_host", "_open", "_removes", "_version")
 
     alone = True
 
-    def __init__(self, host: IntentHost, job: str, open_runs: Sequence[Run], *, cancel: bool) -> None:
+    def __init__(self, host: IntentHost, job: str, open_runs: Sequence[Run], version: int, *, cancel: bool) -> None:
         super().__init__(job)
         self._host = host
         self._open = open_runs
+        self._version = version
         self._cancel = cancel
         self._cut: list[Run] = []
+        self._removes = False
 
     def decide(self, draft: Draft) -> None:
         _books(draft, self.job)
+        self._removes = draft.expected == self._version
+        if not self._removes:
+            return
         now = self._host.wall()
         self._cut = []
         draft.remove = True
@@ -516,11 +575,13 @@ class Remove(Intent):
         draft.updated.extend(self._cut)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
+        if not self._removes:
+            return False
         cut = {run.key for run in self._cut}
         for execution in self._host.executions(self.job):
             if execution.run.key in cut:
                 execution.discard("unregistered")
-            else:  # also one that has begun since: it is in nobody's books any more
+            else:
                 execution.run = replace(execution.run, detached=True)
         for run in self._cut:
             self._host.noted(run)
@@ -530,6 +591,12 @@ class Remove(Intent):
     def refused(self) -> bool:
         """A run ended while this was being decided: whoever asked looks again."""
         return False
+
+
+def _note(host: IntentHost, missed: Sequence[Run], numbers: Sequence[int]) -> None:
+    """Runs that came to be as missed."""
+    for run, number in zip(missed, numbers, strict=True):
+        host.noted(replace(run, number=number))
 
 
 def _ready(draft: Draft) -> CronJob:

@@ -123,6 +123,10 @@ class Intent:
     def refused(self) -> Any:
         """A run of which it wanted to write the end has ended already, or is another's: nothing was written."""
 
+    def gives_way(self) -> bool:
+        """The same, asked first: whether it is to be decided again, without that run."""
+        return False
+
     def exists(self, run: Run) -> Any:
         """A run that it wanted to create is there: nothing was written."""
 
@@ -145,6 +149,7 @@ class Ledger:
         self._queue: deque[Intent] = deque()
         self._apart: set[str] = set()  # jobs of which only one intent goes into a round
         self._writing = False
+        self._closed: Exception | None = None  # what whoever hands something in is told from now on
         self._sleeper: asyncio.Future[None] | None = None  # of `serve`, while there is nothing to write
         self._waiters: list[asyncio.Future[None]] = []  # until nothing is left to write
 
@@ -155,24 +160,53 @@ class Ledger:
 
         Cancelling the await leaves it in: it may be written nevertheless.
         """
-        future = intent.future = asyncio.get_running_loop().create_future()
-        await self.settle(intent)
-        return await future
+        (answer,) = await self.do_all([intent])
+        return answer
+
+    async def do_all(self, intents: Sequence[Intent]) -> list[Any]:
+        """The same for several, which are written together if they can be. Raises the first error of them."""
+        loop = asyncio.get_running_loop()
+        futures = []
+        for intent in intents:
+            intent.future = loop.create_future()
+            futures.append(intent.future)
+        await self.settle(*intents)
+        if len(futures) > 1:
+            try:
+                await asyncio.wait(futures)
+            except asyncio.CancelledError:
+                for future in futures:
+                    future.cancel()
+                raise
+            errors = [error for future in futures if (error := future.exception()) is not None]
+            if errors:
+                raise errors[0]
+        return [await future for future in futures]
 
     async def settle(self, *intents: Intent) -> None:
         """Hand them in, and write here and now what was handed in, if that takes no wait; else `serve` will."""
-        if not self.store.instant or self._writing:
+        if not self.store.instant or self._writing or self._closed is not None:
             for intent in intents:
                 self.post(intent)
             return
         self._queue.extend(intents)
         if self._queue:
-            await self._write_all()  # it does not suspend: no other task sees it half done
+            await self._write_all(patient=False)  # it does not suspend: no other task sees it half done
 
     def post(self, intent: Intent) -> None:
         """Hand it in and go on."""
+        if self._closed is not None:
+            intent.fail(self._closed)
+            return
         self._queue.append(intent)
         self._wake()
+
+    def close(self, error: Exception) -> None:
+        """Nothing more is written: whoever waits for something, or hands something in, is told so."""
+        self._closed = error
+        while self._queue:
+            self._queue.popleft().fail(error)
+        self._release()
 
     def _wake(self) -> None:
         if self._sleeper is not None and not self._sleeper.done():
@@ -207,23 +241,27 @@ class Ledger:
                 await self._sleeper
                 self._sleeper = None
             else:
-                await self._write_all()
+                await self._write_all(patient=True)
 
-    async def _write_all(self) -> None:
+    async def _write_all(self, *, patient: bool) -> None:
+        """Until nothing is left, or the store fails: then whoever is `patient` tries again, others leave it to
+        `serve`."""
         self._writing = True
         wait = RETRY_FIRST
         try:
             while self._queue:
                 try:
-                    await self._round()
+                    written = await self._round()
                 except StoreError as error:
                     if self.failing is None:
                         logger.error("the store of the cron jobs fails, it is tried again: %s", error)
                     self.failing = error
+                    if not patient:
+                        return
                     await asyncio.sleep(wait if self._queue else 0)
                     wait = min(wait * 2, RETRY_MOST)
                 else:
-                    if self.failing is not None:
+                    if written and self.failing is not None:
                         logger.warning("the store of the cron jobs works again")
                         self.failing, wait = None, RETRY_FIRST
         finally:
@@ -233,7 +271,8 @@ class Ledger:
             elif self._waiters:
                 self._release()
 
-    async def _round(self) -> None:
+    async def _round(self) -> bool:
+        """Decide what is there, and write it. Returns whether there was anything to write."""
         drafts: list[Draft] = []
         changes: list[Change] = []
         for draft in self._decided():
@@ -243,22 +282,31 @@ class Ledger:
             else:
                 _answer(draft, draft.entry, ())
         if not changes:
-            return
+            return False
         try:
             results = await self.store.commit(changes)
-        except StoreError as error:
-            lasting = [intent for draft in drafts for intent in draft.intents if intent.lasting]
-            self._queue.extendleft(reversed(lasting))
-            for draft in drafts:
-                for intent in draft.intents:
-                    if not intent.lasting:
-                        intent.fail(error)
+        except asyncio.CancelledError:  # at the end: `close` tells them
+            self._queue.extendleft(intent for draft in reversed(drafts) for intent in reversed(draft.intents))
             raise
+        except Exception as error:
+            self._not_written([intent for draft in drafts for intent in draft.intents], error)
+            if isinstance(error, StoreError):
+                raise
+            logger.exception("the store of the cron jobs raised what it should not")
+            raise StoreError(f"{type(error).__name__}: {error}") from error
         for draft, result in zip(drafts, results, strict=True):
             if isinstance(result, Committed):
                 self._committed(draft, result)
             else:
                 self._queue.extendleft(reversed(self._again(draft, result)))
+        return True
+
+    def _not_written(self, intents: Sequence[Intent], error: Exception) -> None:
+        """The lasting ones are tried again, before all others; the others fail."""
+        self._queue.extendleft(intent for intent in reversed(intents) if intent.lasting)
+        for intent in intents:
+            if not intent.lasting:
+                intent.fail(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))
 
     def _decided(self) -> Iterable[Draft]:
         """Ask the intents of the queue: of each job those that can go together. The rest stays in the queue."""
@@ -295,7 +343,7 @@ class Ledger:
                 self._gone(entry)
             entry = None
         elif result.version and draft.state is not None:
-            if entry is None:
+            if entry is None and (entry := self.entries.get(draft.job)) is None:  # it may have been read meanwhile
                 assert draft.definition is not None
                 entry = Entry(JobRecord(draft.job, draft.definition, draft.state, result.version))
                 self.entries[draft.job] = entry
@@ -318,11 +366,13 @@ class Ledger:
             _tell(intent, intent.exists, result.run)
             return []
         record = result.record
-        if draft.expected is None or draft.expected == (0 if record is None else record.version):
-            _tell(intent, intent.refused)
-            return []
-        self.refresh(job, record)
-        return intents
+        if draft.expected is not None and draft.expected != (0 if record is None else record.version):
+            self.refresh(job, record)
+            return intents
+        if intent.gives_way():
+            return intents
+        _tell(intent, intent.refused)
+        return []
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -339,25 +389,26 @@ class Ledger:
         elif entry.version == record.version:
             return
         else:
-            if entry.definition != record.definition:
+            if entry.definition != record.definition or entry.state.anchor != record.state.anchor:
                 entry.definition, entry.timetable = record.definition, None
             entry.state, entry.version = record.state, record.version
         self._changed(entry)
 
     async def read_changes(self) -> None:
-        """Take over what other processes have changed. Raises `StoreError`."""
+        """Take over what other processes have changed. Raises `StoreError`.
+
+        What was written from here meanwhile is newer than what was read: versions rise, and none is used twice.
+        """
+        before = {job: entry.version for job, entry in self.entries.items()}
         versions = await self.store.versions()
-        different = [
-            job
-            for job, version in versions.items()
-            if (entry := self.entries.get(job)) is None or entry.version != version
-        ]
-        records = {record.id: record for record in await self.store.jobs(different)} if different else {}
-        different.extend([job for job in self.entries if job not in versions])
-        if self._writing or self._queue:
-            return  # what is being written meanwhile is newer; the next look will do
-        for job in different:
-            self.refresh(job, records.get(job))
+        different = [job for job, version in versions.items() if before.get(job, 0) < version]
+        for record in await self.store.jobs(different) if different else ():
+            entry = self.entries.get(record.id)
+            if entry is None or entry.version < record.version:
+                self.refresh(record.id, record)
+        for job, version in before.items():
+            if job not in versions and (entry := self.entries.get(job)) is not None and entry.version == version:
+                self.refresh(job, None)
 
 
 def _answer(draft: Draft, entry: Entry | None, numbers: Sequence[int]) -> None:

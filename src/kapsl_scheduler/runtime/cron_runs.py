@@ -28,6 +28,10 @@ __all__ = ["Runs"]
 
 logger = logging.getLogger(__name__)
 
+STUBBORN: Final = 5.0
+"""Seconds that cancelled runs may take to end before they are left behind."""
+LOOK_AGAIN: Final = 30.0
+"""Seconds after which a job is looked at again whose firing could not be decided."""
 PRUNE_EVERY: Final = 500
 """Runs that may end between two looks at the history's bounds."""
 
@@ -61,7 +65,9 @@ class Runs:
         self._ready: deque[Execution] = deque()
         self._chores: dict[tuple[str, str], Callable[[], Any]] = {}
         self._chore = asyncio.Event()
-        self._closing = False
+        self.closing = False  # no waiting run starts any more
+        self.cutting = False  # no run does
+        self._hurried: asyncio.Future[None]
 
     # ---------------------------------------------------------------------------------------- dispatching
 
@@ -74,8 +80,8 @@ class Runs:
         return len(self._ready)
 
     def executions(self, job: str) -> list[Execution]:
-        """The job's runs here whose end is not being written."""
-        return [execution for execution in self._of_job.get(job, ()) if not execution.recording]
+        """The job's runs here whose end is not written, nor being written."""
+        return [one for one in self._of_job.get(job, ()) if not (one.recording or one.discarded)]
 
     def everyone(self) -> Iterable[Execution]:
         return (execution for of_job in self._of_job.values() for execution in of_job)
@@ -90,7 +96,10 @@ class Runs:
     def launch(self, entry: Entry, run: Run) -> None:
         """Run it, at once if there is a place."""
         assert entry.job is not None
-        execution = Execution(self, entry.job, run)
+        execution = Execution(self, entry.job, run, entry.state.anchor)
+        if self.cutting:
+            self._end_short(execution)
+            return
         of_job = self._of_job.get(run.job)
         if of_job is None:
             self._of_job[run.job] = [execution]
@@ -114,11 +123,10 @@ class Runs:
         self._forget(execution)
         if task.cancelled():
             if not execution.discarded and not execution.recording:  # before its first step
-                self._ledger.post(End(self, execution.run, execution.cut_short()))
+                self._end_short(execution)
         elif (error := task.exception()) is not None:
             logger.error("job %r: a run ended in an error of the scheduler", execution.run.job, exc_info=error)
-            after = execution.cut(RunState.FAILED, "internal", self.wall())
-            self._ledger.post(End(self, execution.run, after))
+            self.ended(execution, execution.cut(RunState.FAILED, "internal", self.wall()))
         while self._ready and len(self._tasks) < self._most:
             waiting = self._ready.popleft()
             if waiting.discarded:
@@ -133,32 +141,52 @@ class Runs:
         else:
             of_job.remove(execution)
 
+    def _end_short(self, execution: Execution) -> None:
+        execution.recording = True
+        self.ended(execution, execution.cut_short())
+
+    def hurry(self) -> None:
+        """Drain no longer."""
+        if not self._hurried.done():
+            self._hurried.set_result(None)
+
     async def drain(self, seconds: float) -> None:
-        """Let runs end for a while, then cut short the rest: nothing runs when this is over. What waits in the store
-        stays there."""
-        self._closing = True
-        until = asyncio.get_running_loop().time() + seconds
-        try:
-            while self._tasks and (left := until - asyncio.get_running_loop().time()) > 0:
-                await asyncio.wait(self._tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for execution in self._ready:
-                if not execution.discarded:
-                    self._ledger.post(End(self, execution.run, execution.cut_short()))
-            self._ready.clear()
-            for task in self._tasks:
-                task.cancel()
-            if self._tasks:
-                await asyncio.wait(self._tasks)
+        """Let runs end for a while, also those whose firing is being written; then cut short the rest. What waits in
+        the store stays there. A run that does not end when it is cancelled is left behind, with a word in the log."""
+        self.closing = True
+        loop = asyncio.get_running_loop()
+        self._hurried = loop.create_future()
+        until = loop.time() + seconds
+        settled = loop.create_task(self._ledger.settled())
+        while not self._hurried.done() and (left := until - loop.time()) > 0:
+            awaited: set[asyncio.Future[None]] = {*self._tasks, *(() if settled.done() else (settled,))}
+            if not awaited:
+                break
+            await asyncio.wait({*awaited, self._hurried}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        settled.cancel()
+        self.cutting = True
+        for execution in self._ready:
+            if not execution.discarded:
+                self._end_short(execution)
+        self._ready.clear()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait({settled, *self._tasks}, timeout=STUBBORN)
+        for execution in self._tasks.values():
+            logger.error("job %r: a run does not end though it was cancelled, and is left behind", execution.run.job)
+            if not execution.discarded and not execution.recording:
+                self._end_short(execution)
+            execution.discarded = True
 
     # -------------------------------------------------------------------------- what executions ask for
 
-    async def attempted(self, before: Run, after: Run) -> bool:
+    async def attempted(self, after: Run) -> bool:
         return bool(await self._ledger.do(Attempt(after)))
 
-    def ended(self, before: Run, after: Run) -> None:
+    def ended(self, execution: Execution, after: Run) -> None:
         # Not at once: of many that were dispatched together, the last should start before the first is written down.
-        self._ledger.post(End(self, before, after))
+        if not execution.discarded:
+            self._ledger.post(End(self, execution.run, after, execution.anchor))
 
     async def memory(self, job: str) -> Mapping[str, str]:
         return await self._ledger.store.memory(job)
@@ -202,9 +230,15 @@ class Runs:
                 nominal = timetable.next(state.cursor)
         self.schedule(entry, nominal, None if nominal is None or timetable is None else timetable.due(nominal))
 
+    def look_again(self, job: str) -> None:
+        """The same, in a while: something went wrong."""
+        entry = self._ledger.entries.get(job)
+        if entry is not None and entry.due is None and not self.closing:
+            self._alarm.set(entry, self.wall() + round(LOOK_AGAIN * 1e6))
+
     def room_for_waiting(self, entry: Entry) -> None:
         """Runs that wait may start now, if there are any."""
-        if entry.unbound is None and not self._closing and startable(entry.state):
+        if entry.unbound is None and not self.closing and startable(entry.state):
             self._chores[entry.id, "start"] = lambda: self._start_waiting(entry)
             self._chore.set()
 
@@ -225,8 +259,9 @@ class Runs:
             for key, chore in chores.items():
                 try:
                     await chore()
-                except StoreError as error:
-                    logger.warning("job %r: waiting runs could not be looked up: %s", key[0], error)
+                except Exception as error:
+                    expected = isinstance(error, StoreError)
+                    logger.warning("job %r: waiting runs were not looked up: %s", key[0], error, exc_info=not expected)
                     asyncio.get_running_loop().call_later(1.0, self._put_back, key, chore)
 
     def _put_back(self, key: tuple[str, str], chore: Callable[[], Any]) -> None:

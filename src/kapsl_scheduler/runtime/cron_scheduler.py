@@ -21,15 +21,15 @@ import msgspec
 from kapsl_scheduler.core.definition import Adapters, encode_job, frozen_request
 from kapsl_scheduler.core.firing import Timetable
 from kapsl_scheduler.core.jobs import CronJob, CronOverflowPolicy, micros, moment
-from kapsl_scheduler.core.runs import RunState
-from kapsl_scheduler.errors import CronError, DuplicateId, InvalidExpression, InvalidJob, NotFound, StoreError
+from kapsl_scheduler.core.runs import SCHEDULE, Run, RunState
+from kapsl_scheduler.errors import CronError, DuplicateId, InvalidExpression, InvalidJob, NotFound
 from kapsl_scheduler.packages.manifest import CronJobDef, IntervalDef, Manifest
 from kapsl_scheduler.ports import CronTarget, JobStore, RunQuery, is_source
 from kapsl_scheduler.runtime.cron_alarm import Alarm
 from kapsl_scheduler.runtime.cron_bindings import Bindings
 from kapsl_scheduler.runtime.cron_events import Events
 from kapsl_scheduler.runtime.cron_intents import Define, Fill, Fire, Pause, Remove, Resume, Trigger
-from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
+from kapsl_scheduler.runtime.cron_ledger import Draft, Entry, Intent, Ledger
 from kapsl_scheduler.runtime.cron_metrics import CronStatistics
 from kapsl_scheduler.runtime.cron_runs import Runs
 from kapsl_scheduler.runtime.cron_views import CronEvent, CronJobInfo, CronRun, job_info, run_view
@@ -107,7 +107,7 @@ class CronScheduler:
         self._registered: set[str] = set()  # in this scheduler: a second time is a mistake
         self._services: list[asyncio.Task[None]] = []
         self._phase = "not entered"
-        self._closed = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<CronScheduler {self._phase}: {len(self._ledger.entries)} jobs, {self._runs.running} running>"
@@ -153,25 +153,36 @@ class CronScheduler:
         """
         if self._phase in ("not entered", "closed"):
             return
-        if self._phase == "closing":
-            await self._closed.wait()
+        if self._phase == "opening":
+            raise CronError("the cron scheduler is opening")
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
             return
         self._phase = "closing"
+        ending = self._ending = asyncio.create_task(self._end(drain), name="cron end")
+        cut: asyncio.CancelledError | None = None
+        while not ending.done():
+            try:
+                await asyncio.shield(ending)
+            except asyncio.CancelledError as error:
+                cut = error
+                self._runs.hurry()
+        if cut is not None:
+            raise cut
+
+    async def _end(self, drain: float) -> None:
+        """Nobody who waits for it can stop it."""
         self._services[-1].cancel()  # nothing more is fired
         try:
             await self._runs.drain(drain)
+            await self._stop()
         finally:
-            try:
-                await self._stop()
-            finally:
-                self._phase = "closed"
-                self._closed.set()
+            self._phase = "closed"
 
     async def _stop(self) -> None:
         """Write what is left, end the services, let go of the store."""
         settled = True
         try:
-            await self._ledger.settle()
             async with asyncio.timeout(LAST_WRITES):
                 await self._ledger.settled()
         except TimeoutError:
@@ -180,11 +191,12 @@ class CronScheduler:
         for task in self._services:
             task.cancel()
         await asyncio.gather(*self._services, return_exceptions=True)
+        self._ledger.close(CronError("the cron scheduler is closed"))
         self._events.close()
         try:
             if settled:
                 await self._ledger.store.forget(self._runs.owner)
-        except StoreError as error:
+        except Exception as error:
             logger.warning("the store of the cron jobs was not told of the end: %s", error)
         finally:
             await self._ledger.store.close()
@@ -210,7 +222,7 @@ class CronScheduler:
             raise DuplicateId(f"a job {checked.id!r} is registered already: update it, or unregister it first")
         self._registered.add(checked.id)
         try:
-            await self._ledger.do(Define(self._runs, checked, definition, refuse=on_conflict == "error"))
+            await self._ledger.do(Define(self._runs, checked, definition, refuse=_refuses(on_conflict)))
         except BaseException:
             self._registered.discard(checked.id)
             raise
@@ -230,22 +242,24 @@ class CronScheduler:
             if ready.id in self._registered or ready.id in checked:
                 raise DuplicateId(f"a job {ready.id!r} is registered already: update it, or unregister it first")
             checked[ready.id] = ready, definition
+        intents = [Define(self._runs, *one, refuse=_refuses(on_conflict)) for one in checked.values()]
+        for intent in intents:
+            try:
+                intent.decide(Draft(intent.job, self._ledger.entries.get(intent.job)))
+            except InvalidJob as error:
+                faults.append(str(error))
         if faults:
             raise InvalidJob(faults)
         known = set(self._ledger.entries)
         self._registered.update(checked)
-        futures = [
-            self._ledger.do(Define(self._runs, job, definition, refuse=on_conflict == "error"))
-            for job, definition in checked.values()
-        ]
-        outcomes = await asyncio.gather(*futures, return_exceptions=True)
-        wrong = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        if wrong:
+        try:
+            await self._ledger.do_all(intents)
+        except BaseException:
+            self._registered.difference_update(checked)
             for id in checked:
-                self._registered.discard(id)
                 if id not in known and id in self._ledger.entries:
                     await self._remove(id, cancel=True)
-            raise wrong[0]
+            raise
 
     async def update(self, job: CronJob) -> CronJobInfo:
         """Put another definition in the place of a job's, keeping its counters and the phase of its interval. What runs
@@ -266,18 +280,20 @@ class CronScheduler:
         return await self._remove(id, cancel=cancel)
 
     async def _remove(self, id: str, *, cancel: bool) -> bool:
-        while True:
+        while (entry := self._ledger.entries.get(id)) is not None:
+            version = entry.version
             open_runs = await self._ledger.store.runs(
                 RunQuery(job=id, states=(RunState.PENDING, RunState.RUNNING), limit=1_000_000)
             )
             current = [run for run in open_runs if not run.detached]
             try:
-                done = await self._ledger.do(Remove(self._runs, id, current, cancel=cancel))
+                done = await self._ledger.do(Remove(self._runs, id, current, version, cancel=cancel))
             except NotFound:
-                return False
+                break
             if done:
                 self._registered.discard(id)
                 return True
+        return False
 
     async def register_from_def(
         self, definition: CronJobDef, *, model: str | None = None, package: str | None = None
@@ -291,12 +307,8 @@ class CronScheduler:
         self._check_open()
         package = manifest.project_name if model is None else model
         jobs = [self._from_def(definition, model, package) for definition in manifest.cron_jobs]
+        await self.register_all(jobs)
         self._bindings.packages.add(package)
-        try:
-            await self.register_all(jobs)
-        except BaseException:
-            self._bindings.packages.discard(package)
-            raise
         ids = {job.id for job in jobs}
         for entry in list(self._ledger.entries.values()):
             if entry.job is not None and entry.job.package == package and entry.id not in ids:
@@ -356,16 +368,15 @@ class CronScheduler:
                 raise InvalidJob(["model: expected the name of a model, got None"], checked.id)
         elif checked.model is not None:
             raise InvalidJob(["model: there is but one model here; leave it out"], checked.id)
-        self._bindings.learn(checked)
-        if checked.package is not None:
-            self._bindings.packages.add(checked.package)
-        bound, missing = self._bindings.bind(checked)
+        bound, missing = self._bindings.bind(checked, loaded=checked.package)
         if missing:
             raise InvalidJob(missing, checked.id)
         request = bound.request
         if not callable(request) and not is_source(request):
             bound = msgspec.structs.replace(bound, request=frozen_request(request))
-        return bound, encode_job(checked)
+        definition = encode_job(checked)
+        self._bindings.learn(checked)
+        return bound, definition
 
     # ---------------------------------------------------------------------------------- looking after jobs
 
@@ -390,7 +401,14 @@ class CronScheduler:
         here."""
         self._check_open()
         self._entry(id)
-        return run_view(await self._ledger.do(Trigger(self._runs, id, origin)))
+        name = _origin(id, origin, "trigger")
+        while True:
+            version = self._entry(id).version
+            found = await self._asked_before(id, origin)
+            if found is None:
+                found = await self._ledger.do(Trigger(self._runs, id, name, None if origin is None else version))
+            if found is not None:
+                return run_view(found)
 
     async def backfill(
         self, id: str, start: dt.datetime, end: dt.datetime, *, concurrency: int = 1, origin: str | None = None
@@ -409,10 +427,22 @@ class CronScheduler:
             faults.append(f"backfill.concurrency: expected an integer of 1 or more, got {concurrency!r}")
         if faults:
             raise InvalidJob(faults, id)
-        found: tuple[str, int] = await self._ledger.do(
-            Fill(self._runs, id, micros(start), micros(end), concurrency, origin)
-        )
-        return found
+        name = _origin(id, origin, "backfill")
+        while True:
+            version = self._entry(id).version
+            if await self._asked_before(id, origin) is not None:
+                return name, 0
+            seen = None if origin is None else version
+            number = await self._ledger.do(Fill(self._runs, id, micros(start), micros(end), concurrency, name, seen))
+            if number is not None:
+                return name, number
+
+    async def _asked_before(self, id: str, origin: str | None) -> Run | None:
+        """A run of the job that was asked for under this name."""
+        if origin is None:
+            return None
+        found = await self._ledger.store.runs(RunQuery(job=id, origin=origin, limit=1))
+        return found[0] if found else None
 
     def preview(self, id: str, n: int = 5) -> list[dt.datetime]:
         """When the job is due next, at most `n` times: as scheduled, whether or not it is paused. Raises `NotFound`."""
@@ -541,6 +571,20 @@ class CronScheduler:
     def _gone(self, entry: Entry) -> None:
         self._alarm.set(entry, None)
         self._registered.discard(entry.id)
+
+
+def _refuses(on_conflict: str) -> bool:
+    if on_conflict not in ("update", "error"):
+        raise ValueError(f"on_conflict: expected 'update' or 'error', got {on_conflict!r}")
+    return on_conflict == "error"
+
+
+def _origin(job: str, origin: str | None, kind: str) -> str:
+    if origin is None:
+        return f"{kind}-{uuid.uuid4().hex}"
+    if not origin or origin == SCHEDULE:
+        raise InvalidJob([f"{kind}.origin: expected a name that is neither empty nor {SCHEDULE!r}"], job)
+    return origin
 
 
 def _must_not_end(task: asyncio.Task[None]) -> None:

@@ -1,4 +1,4 @@
-"""A decorator that runs an asynchronous test in virtual time and lets it leave no task behind."""
+"""Decorators that run an asynchronous test in virtual time and let it leave no task behind."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, ParamSpec
 
 from kapsl_scheduler.testing import run_virtual
 
-__all__ = ["virtual"]
+__all__ = ["virtual", "with_threads"]
 
 P = ParamSpec("P")
 
 
-def virtual(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+def virtual(test: Callable[P, Coroutine[Any, Any, None]], *, patience: float = 0.0) -> Callable[P, None]:
     """Sleeping costs nothing, what can never go on raises `DeadlockError`, a task that outlives the test fails it."""
 
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -24,6 +24,11 @@ def virtual(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        run_virtual(guarded(*args, **kwargs))
+        run_virtual(guarded(*args, **kwargs), patience=patience)
 
     return run
+
+
+def with_threads(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """The same where threads are at work: before its time jumps, the loop waits for them a little in real time."""
+    return virtual(test, patience=0.1)

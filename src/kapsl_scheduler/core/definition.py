@@ -19,7 +19,7 @@ import numpy as np
 from kapsl_scheduler.core.cron import CronExpression, Interval
 from kapsl_scheduler.core.jobs import CronJob, CronOverflowPolicy, FiringPolicy, Named, RunPolicy
 from kapsl_scheduler.core.wire import WIRE_DTYPES, decode_tensor, encode_tensor
-from kapsl_scheduler.errors import InvalidInput, InvalidJob
+from kapsl_scheduler.errors import InvalidExpression, InvalidInput, InvalidJob
 from kapsl_scheduler.types import Array, InferenceRequest, Priority, RequestMetadata, dtype_name
 
 __all__ = ["Definition", "IntervalDefinition", "callable_name", "decode_job", "encode_job", "frozen_request"]
@@ -94,7 +94,9 @@ def encode_job(job: CronJob) -> bytes:
             keys["tz"] = schedule.tz_name
         if schedule.literal:
             keys["literal"] = True
-    elif isinstance(schedule, Interval):
+        _check_zone(job, schedule)
+    else:
+        assert isinstance(schedule, Interval)
         keys["schedule"] = {"interval_secs": schedule.period_us / 1e6}
         if schedule.anchor is not None:
             keys["schedule"]["anchor"] = schedule.anchor
@@ -142,6 +144,16 @@ def _settings(job: CronJob, field: str, adapter: Any) -> dict[str, Any]:
     return settings
 
 
+def _check_zone(job: CronJob, schedule: CronExpression) -> None:
+    """A zone of somebody's own has no name by which it is found again."""
+    try:
+        if CronExpression(schedule.text, schedule.tz_name, literal=schedule.literal) == schedule:
+            return
+    except InvalidExpression:
+        pass
+    raise InvalidJob([f"tz: expected an IANA name or a fixed offset, got {reprlib.repr(schedule.tz)}"], job.id)
+
+
 def _encode_request(job: CronJob, keys: dict[str, Any]) -> None:
     request = job.request
     if isinstance(request, InferenceRequest):
@@ -153,10 +165,12 @@ def _encode_request(job: CronJob, keys: dict[str, Any]) -> None:
     if isinstance(request, Named) or callable(request):
         keys["callable"] = _name(request)
     elif isinstance(request, np.ndarray):
-        keys["input"] = _tensor(request)
+        keys["input"] = _tensor(job, "input", request)
     elif isinstance(request, Mapping):
         keys["inputs"] = {
-            str(name): _tensor(value) if isinstance(value, np.ndarray) else _plain(job, f"inputs.{name}", value)
+            str(name): _tensor(job, f"inputs.{name}", value)
+            if isinstance(value, np.ndarray)
+            else _plain(job, f"inputs.{name}", value)
             for name, value in request.items()
         }
     elif hasattr(request, "items"):
@@ -174,20 +188,32 @@ def _plain(job: CronJob, where: str, value: Any) -> Any:
     return plain
 
 
-def _tensor(array: Array) -> dict[str, Any]:
+def _tensor(job: CronJob, where: str, array: Array) -> dict[str, Any]:
     """The wire form where it can hold the array, else text by text, else numpy's own file format."""
     dtype = dtype_name(array.dtype)
-    if dtype == "string" and array.size != 1:
-        return {"shape": list(array.shape), "dtype": dtype, "values": [_text(element) for element in array.flat]}
-    if dtype in WIRE_DTYPES and array.size:
-        return encode_tensor(array, base64=True)
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
+    try:
+        if dtype == "string":
+            texts = [_text(element) for element in array.flat]
+            if array.size != 1:
+                return {"shape": list(array.shape), "dtype": dtype, "values": texts}
+            array = np.array(texts, object).reshape(array.shape)
+        if dtype in WIRE_DTYPES and array.size:
+            return encode_tensor(array, base64=True)
+        file = io.BytesIO()
+        np.save(file, array, allow_pickle=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidJob([f"request.{where}: an array of {array.dtype} cannot be stored: {error}"], job.id) from None
     return {"npy_base64": binascii.b2a_base64(file.getvalue(), newline=False).decode("ascii")}
 
 
 def _text(element: Any) -> str:
-    return element.decode("utf-8") if isinstance(element, bytes) else str(element)
+    """Raises `ValueError`, `TypeError` for what is no text."""
+    if isinstance(element, bytes):
+        return element.decode("utf-8")
+    if not isinstance(element, str):
+        raise TypeError(f"expected str or bytes, got {reprlib.repr(element)}")
+    element.encode("utf-8")  # a lone surrogate would not come back
+    return str(element)
 
 
 # ------------------------------------------------------------------------------------------------- in
@@ -203,13 +229,14 @@ def decode_job(text: bytes, adapters: Adapters) -> CronJob:
     except (msgspec.DecodeError, RecursionError) as error:  # a ValidationError says which key, and what was expected
         raise InvalidJob([str(error)]) from None
     faults: list[str] = []
+    schedule = _schedule(definition, faults)
     request = _request(definition, adapters, faults)
     sink = None if definition.sink is None else _sink(definition.sink, adapters, faults)
     if faults:
         raise InvalidJob(faults, definition.id)
     return CronJob(
         definition.id,
-        _schedule(definition),
+        schedule,
         request,
         priority=definition.priority,  # type: ignore[arg-type]  # `check` makes it a member, or says what is wrong
         overflow_policy=definition.overflow_policy,  # type: ignore[arg-type]
@@ -226,11 +253,15 @@ def decode_job(text: bytes, adapters: Adapters) -> CronJob:
     )
 
 
-def _schedule(definition: Definition) -> CronExpression | Interval | str:
+def _schedule(definition: Definition, faults: list[str]) -> CronExpression | Interval | str:
     schedule = definition.schedule
-    if isinstance(schedule, IntervalDefinition):
-        return Interval(schedule.interval_secs, schedule.anchor)
-    return CronExpression(schedule, definition.tz, literal=True) if definition.literal else schedule
+    try:
+        if isinstance(schedule, IntervalDefinition):
+            return Interval(schedule.interval_secs, schedule.anchor)
+        return CronExpression(schedule, definition.tz, literal=True) if definition.literal else schedule
+    except InvalidExpression as error:
+        faults.append(f"schedule: {error}")
+        return ""
 
 
 def _request(definition: Definition, adapters: Adapters, faults: list[str]) -> Any:
@@ -240,6 +271,12 @@ def _request(definition: Definition, adapters: Adapters, faults: list[str]) -> A
         faults.append(f"expected exactly one of {', '.join(ways)}, got {' and '.join(given) or 'none'}")
         return None
     way = given[0]
+    if way in ("callable", "source"):
+        faults.extend(
+            f"{key}: means something only with input, value or inputs"
+            for key in ("session_id", "metadata")
+            if getattr(definition, key) is not None
+        )
     if way == "callable":
         return Named(definition.callable or "")
     if way == "source":
@@ -281,13 +318,13 @@ def _array(form: dict[str, Any], where: str, faults: list[str]) -> Any:
     try:
         if "npy_base64" in form:
             raw = binascii.a2b_base64(form["npy_base64"], strict_mode=True)
-            return np.load(io.BytesIO(raw), allow_pickle=False)
+            return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
         if "values" in form:
             return np.array(msgspec.convert(form["values"], list[str]), dtype=object).reshape(form.get("shape", -1))
         return decode_tensor(form, where)
     except InvalidInput as error:
         faults.append(str(error))
-    except (ValueError, TypeError, EOFError) as error:
+    except Exception as error:  # whatever numpy's reader meets in damaged bytes, from SyntaxError to MemoryError
         faults.append(f"{where}: {error}")
     return None
 

@@ -154,13 +154,12 @@ def plan(job: CronJob, timetable: Timetable, state: JobState, now: int, owner: s
         following = timetable.next(last)
         following_due = None if following is None else timetable.due(following)
     chosen = _chosen(timetable, policy, state.cursor, last, several, now)
-    if room is not None and len(chosen) >= room:
-        del chosen[room:]
-        last, following, following_due = chosen[-1], None, None  # what would come after the last run is no occurrence
     cancels = policy.overlap is Overlap.CANCEL_OTHER and state.running + state.waiting > 0 and len(chosen) > 0
     if chosen and not several:  # as nearly always
         met = _meet(policy, state.running, state.waiting)
         run = _run(job.id, last, SCHEDULE, met, due, now, owner)
+        if room == 1 and met.open:
+            following = following_due = None  # what would come after the last run is no occurrence
         return Plan(booked(state, None, run, cursor=last), (run,), cancels, following, following_due)
     runs: list[Run] = []
     done = state.cursor
@@ -173,6 +172,9 @@ def plan(job: CronJob, timetable: Timetable, state: JobState, now: int, owner: s
         runs.append(run)
         state = booked(state, None, run)
         done = nominal
+        if state.scheduled == policy.max_runs:
+            last, following, following_due = nominal, None, None  # as above
+            break
     for run in _missed(job.id, timetable, policy, done, last, now):
         runs.append(run)
         state = booked(state, None, run)
@@ -185,7 +187,8 @@ def missed_since(
 ) -> tuple[JobState, tuple[Run, ...]]:
     """Record every occurrence that is due by `now` and undecided as missed for one reason. Returns the new books."""
     last = timetable.last_due(now)
-    if last is None or last <= state.cursor:
+    spent = job.firing.max_runs is not None and state.scheduled >= job.firing.max_runs
+    if last is None or last <= state.cursor or spent:
         return state, ()
     run = _range(job.id, timetable, state.cursor, last, now, reason)
     return booked(state, None, run, cursor=last), (run,)
@@ -220,9 +223,7 @@ def _missed(job: str, timetable: Timetable, policy: FiringPolicy, after: int, un
     """The records of those that do not run: too late, or in favour of another."""
     late = None if policy.misfire_grace is None else timetable.last_due(now - _grace(policy, now) - 1)
     if late is not None and late > after:
-        late = min(late, until)
-        if timetable.count(after, late):
-            yield _range(job, timetable, after, late, now, "late")
+        yield _range(job, timetable, after, late, now, "late")  # what is chosen comes after all of these
         after = late
     if timetable.count(after, until):
         alone = policy.coalesce is Coalesce.SKIP

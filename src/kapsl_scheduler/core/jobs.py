@@ -35,6 +35,8 @@ __all__ = [
 
 MAX_ID: Final = 200
 """Characters of a job's id."""
+MAX_SECONDS: Final = 36_525 * 86_400.0
+"""The longest time that a policy may name: 100 years."""
 MAX_ALL: Final = 100
 """The most overdue occurrences that `Coalesce.ALL` runs after a stall."""
 
@@ -129,7 +131,7 @@ class FiringPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 class RunPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How one run goes.
 
-    `timeout` (seconds) bounds each attempt. `block_timeout` (seconds) bounds the wait for room under
+    `timeout` (seconds) bounds the run with all its attempts. `block_timeout` (seconds) bounds the wait for room under
     `CronOverflowPolicy.BLOCK`. `attempts` counts the first one in; before the nth repetition it waits
     `backoff` x 2^(n-1) seconds, at most `max_backoff`; only errors that may pass are tried again. After `pause_after`
     failures in a row the job is paused. `max_in_flight` bounds the requests of one run that are out at a time.
@@ -209,17 +211,15 @@ class CronJob(msgspec.Struct, frozen=True, eq=False):
         overflow = _member(CronOverflowPolicy, self.overflow_policy, "overflow_policy", faults)
         if self.request is None:
             faults.append("request: expected a request, a callable or a source, got None")
-        firing = self.firing if self.firing is _DEFAULT_FIRING else _check_firing(self.firing, schedule, faults)
-        if self.run is not _DEFAULT_RUN:
-            _check_run(self.run, overflow, faults)
+        _check_callables(self, faults)
+        firing = self.firing if self.firing is _DEFAULT_FIRING else _check_firing(self.firing, faults)
+        run = self.run if self.run is _DEFAULT_RUN else _check_run(self.run, overflow, faults)
         if wrong is not None and len(faults) == 1:
             raise wrong
         if faults:
             raise InvalidJob(faults, str(self.id)[:MAX_ID])
-        if schedule is self.schedule and priority is self.priority and firing is self.firing:
-            return self
         return msgspec.structs.replace(
-            self, schedule=schedule, priority=priority, overflow_policy=overflow, firing=firing
+            self, schedule=schedule, priority=priority, overflow_policy=overflow, firing=firing, run=run
         )
 
 
@@ -239,32 +239,54 @@ def _member(kind: type[_Member], value: Any, name: str, faults: list[str]) -> _M
     return None
 
 
-def _number(policy: Any, name: str, faults: list[str], *, least: float = 0.0, above: bool = False) -> None:
+def _number(policy: Any, name: str, faults: list[str], *, above: bool = False) -> None:
     value = getattr(policy, name)
-    if value is None:
+    if value is None and name in _OPTIONAL:
         return
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if number and (value > least or (value == least and not above)):
-        return
-    faults.append(
-        f"{name}: expected {'more than' if above else 'at least'} {least:g} seconds, got {reprlib.repr(value)}"
-    )
+    if not number or not (0 < value <= MAX_SECONDS or (value == 0 and not above)):
+        least = "more than" if above else "at least"
+        faults.append(f"{name}: expected {least} 0 seconds and at most 100 years, got {reprlib.repr(value)}")
 
 
 def _count(policy: Any, name: str, faults: list[str]) -> None:
     value = getattr(policy, name)
-    if value is not None and not (type(value) is int and value >= 1):
+    if value is None and name in _OPTIONAL:
+        return
+    if type(value) is not int or value < 1:
         faults.append(f"{name}: expected an integer of 1 or more, got {reprlib.repr(value)}")
+
+
+_OPTIONAL: Final = (
+    "misfire_grace",
+    "max_running",
+    "max_buffered",
+    "max_runs",
+    "timeout",
+    "block_timeout",
+    "pause_after",
+)
 
 
 def _aware(name: str, value: Any, faults: list[str]) -> dt.datetime | None:
     if value is None or (isinstance(value, dt.datetime) and value.tzinfo is not None):
         return value
-    faults.append(f"{name}: expected a datetime with a time zone, got {reprlib.repr(value)}")
+    came = value.isoformat() if isinstance(value, dt.datetime) else reprlib.repr(value)
+    faults.append(f"{name}: expected a datetime with a time zone, got {came}")
     return None
 
 
-def _check_firing(policy: FiringPolicy, schedule: Any, faults: list[str]) -> FiringPolicy:
+def _check_callables(job: CronJob, faults: list[str]) -> None:
+    for name in ("on_result", "condition"):
+        value = getattr(job, name)
+        if value is not None and not callable(value) and not isinstance(value, Named):
+            faults.append(f"{name}: expected a callable or the name of one, got {reprlib.repr(value)}")
+    sink = job.sink
+    if sink is not None and not callable(sink) and not isinstance(sink, Named) and not hasattr(sink, "open"):
+        faults.append(f"sink: expected a sink, a callable or the name of one, got {reprlib.repr(sink)}")
+
+
+def _check_firing(policy: FiringPolicy, faults: list[str]) -> FiringPolicy:
     coalesce = _member(Coalesce, policy.coalesce, "coalesce", faults)
     overlap = _member(Overlap, policy.overlap, "overlap", faults)
     _number(policy, "misfire_grace", faults)
@@ -275,6 +297,8 @@ def _check_firing(policy: FiringPolicy, schedule: Any, faults: list[str]) -> Fir
         faults.append("max_running: means something only with overlap=allow")
     if overlap is Overlap.ALLOW and policy.max_running is None:
         faults.append("max_running: expected with overlap=allow")
+    if policy.misfire_grace is not None and coalesce is Coalesce.SKIP:
+        faults.append("misfire_grace: means nothing with coalesce=skip, whose grace is one second")
     if policy.max_buffered is not None and overlap is not Overlap.BUFFER_ALL:
         faults.append("max_buffered: means something only with overlap=buffer_all")
     if coalesce is Coalesce.ALL and overlap in (Overlap.SKIP, Overlap.BUFFER_ONE, Overlap.CANCEL_OTHER):
@@ -295,7 +319,7 @@ def _check_firing(policy: FiringPolicy, schedule: Any, faults: list[str]) -> Fir
     return msgspec.structs.replace(policy, coalesce=coalesce, overlap=overlap)
 
 
-def _check_run(policy: RunPolicy, overflow: CronOverflowPolicy | None, faults: list[str]) -> None:
+def _check_run(policy: RunPolicy, overflow: CronOverflowPolicy | None, faults: list[str]) -> RunPolicy:
     _number(policy, "timeout", faults, above=True)
     _number(policy, "block_timeout", faults)
     _number(policy, "backoff", faults)
@@ -304,4 +328,7 @@ def _check_run(policy: RunPolicy, overflow: CronOverflowPolicy | None, faults: l
         _count(policy, name, faults)
     if policy.block_timeout is not None and overflow is CronOverflowPolicy.SKIP_IF_BUSY:
         faults.append("block_timeout: means something only with overflow_policy=block")
-    _member(OnInterrupt, policy.on_interrupt, "on_interrupt", faults)
+    on_interrupt = _member(OnInterrupt, policy.on_interrupt, "on_interrupt", faults)
+    if on_interrupt is None or on_interrupt is policy.on_interrupt:
+        return policy
+    return msgspec.structs.replace(policy, on_interrupt=on_interrupt)

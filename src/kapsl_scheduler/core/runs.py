@@ -231,7 +231,8 @@ def booked(state: JobState, before: Run | None, after: Run, **changes: Any) -> J
         _tally(state, changes, before, -1)
     _tally(state, changes, after, 1)
     if now is RunState.RUNNING:
-        changes["fired"] = state.fired + 1
+        if before is None or before.started is None:  # not one that resumes
+            changes["fired"] = state.fired + 1
     elif now is not RunState.PENDING:
         if now is RunState.SUCCEEDED:
             if state.failures:

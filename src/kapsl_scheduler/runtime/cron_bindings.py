@@ -30,14 +30,16 @@ class Bindings:
         self._adapters = adapters or _no_adapters
 
     def learn(self, job: CronJob) -> None:
-        """Remember a job's callables under their own names, so that they are found after a restart."""
+        """Remember a job's callables under their own names, and its package: it will be read again."""
+        if job.package is not None:
+            self.packages.add(job.package)
         for field in _FIELDS:
             value = getattr(job, field)
             if callable(value):
                 self.callables[callable_name(value)] = value
 
-    def bind(self, job: CronJob) -> tuple[CronJob, list[str]]:
-        """The job with callables in place of their names, and what is missing."""
+    def bind(self, job: CronJob, *, loaded: str | None = None) -> tuple[CronJob, list[str]]:
+        """The job with callables in place of their names, and what is missing. The package `loaded` is not."""
         found: dict[str, Any] = {}
         missing: list[str] = []
         for field in _FIELDS:
@@ -48,7 +50,7 @@ class Bindings:
                 found[field] = self.callables[value.name]
             else:
                 missing.append(f"{field}: nothing is bound as {value.name!r}")
-        if job.package is not None and job.package not in self.packages:
+        if job.package not in (None, loaded) and job.package not in self.packages:
             missing.append(f"package: {job.package!r} is not loaded")
         elif job.model is not None and (why := self.lacks(job.model)) is not None:
             missing.append(f"model: {why}")

@@ -6,6 +6,7 @@ A reader that is slow loses the oldest events, and hears how many. What is not h
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Final
@@ -54,7 +55,9 @@ class Events:
         reader = _Reader()
         self._readers.add(reader)
         self.wanted = True
-        return self._read(reader)
+        events = self._read(reader)
+        weakref.finalize(events, self._leave, reader).atexit = False  # one that was never begun has no `finally`
+        return events
 
     async def _read(self, reader: _Reader) -> AsyncGenerator[CronEvent, None]:
         try:
@@ -68,5 +71,8 @@ class Events:
                 reader.there.clear()
                 await reader.there.wait()
         finally:
-            self._readers.discard(reader)
-            self.wanted = bool(self._readers)
+            self._leave(reader)
+
+    def _leave(self, reader: _Reader) -> None:
+        self._readers.discard(reader)
+        self.wanted = bool(self._readers)

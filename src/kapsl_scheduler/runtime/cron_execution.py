@@ -40,8 +40,8 @@ class ExecutionHost(Protocol):
 
     def wall(self) -> int: ...
     def target(self, model: str | None) -> CronTarget: ...
-    async def attempted(self, before: Run, after: Run) -> bool: ...
-    def ended(self, before: Run, after: Run) -> None: ...
+    async def attempted(self, after: Run) -> bool: ...
+    def ended(self, execution: Execution, after: Run) -> None: ...
     async def memory(self, job: str) -> Mapping[str, str]: ...
     async def checkpoint(self, run: Run, memory: Mapping[str, str | None]) -> bool: ...
 
@@ -56,35 +56,46 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Execution:
-    """A run in progress. `run` is its record as last written; `discarded` ones write nothing more: somebody else has
-    written how they ended. `done` is how much of it lies behind, from 0 to 1, where its source can say."""
+    """A run in progress. `run` is its record as last written, `anchor` its job's when it was dispatched; `discarded`
+    ones write nothing more: somebody else has written how they ended. `done` is how much of it lies behind, from 0 to
+    1, where its source can say."""
 
     __slots__ = (
         "_failed_requests",
+        "_goes_ahead",
         "_host",
         "_input_bytes",
         "_job",
         "_output_bytes",
         "_rows",
         "_until",
+        "anchor",
         "discarded",
         "done",
         "leave",
         "recording",
         "requests",
         "run",
+        "stopped",
         "task",
     )
 
-    def __init__(self, host: ExecutionHost, job: CronJob, run: Run) -> None:
+    def __init__(self, host: ExecutionHost, job: CronJob, run: Run, anchor: int) -> None:
         self._host = host
         self._job = job
         self.run = run
-        self.requests = self._failed_requests = self._rows = self._input_bytes = self._output_bytes = 0
+        self.anchor = anchor
+        self.requests = run.requests  # of its attempts in other processes
+        self._failed_requests = run.failed_requests
+        self._rows = run.rows
+        self._input_bytes = run.input_bytes
+        self._output_bytes = run.output_bytes
+        self._goes_ahead = job.condition is None
         self.done: float | None = None
         self._until: float | None = None  # on the loop's clock
         self.task: asyncio.Task[None] | None = None
         self.discarded = False
+        self.stopped = False
         self.recording = False  # its end is being written: too late to cancel it
         self.leave = "shutdown"  # the reason, should it be cancelled
 
@@ -92,7 +103,12 @@ class Execution:
         """Stop it without a word: its end is written."""
         self.discarded = True
         self.leave = why
+        self.stop()
+
+    def stop(self) -> None:
+        """Cancel it, if it has begun."""
         if self.task is not None:
+            self.stopped = True
             self.task.cancel()
 
     def cut(self, state: RunState, reason: str, now: int) -> Run:
@@ -133,7 +149,7 @@ class Execution:
         except asyncio.CancelledError:
             if not self.discarded:
                 self.recording = True
-                self._host.ended(self.run, self.cut_short())
+                self._host.ended(self, self.cut_short())
             return
         self.recording = True
         error = "" if outcome.error is None else _text(outcome.error)
@@ -145,7 +161,7 @@ class Execution:
             callback_error=callback_error,
             ended=self._host.wall(),
         )
-        self._host.ended(self.run, after)
+        self._host.ended(self, after)
 
     def cut_short(self) -> Run:
         """What a run becomes that is cancelled: one that resumes waits for the next process, others are over."""
@@ -181,25 +197,31 @@ class Execution:
                 outcome = Outcome(RunState.FAILED, "timeout", error)
             except Exception as error:
                 outcome = Outcome(RunState.FAILED, _reason(error), error)
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                within = RuntimeError("something that the run awaited was cancelled")
+                outcome = Outcome(RunState.FAILED, "cancelled", within)
             done += 1
             if outcome.state is not RunState.FAILED or done >= policy.attempts or not _may_pass(outcome.error):
                 return outcome
-            await asyncio.sleep(min(policy.backoff * 2 ** (done - 1), policy.max_backoff))
+            await asyncio.sleep(min(policy.backoff * 2 ** min(done - 1, 60), policy.max_backoff))
             again = self.on(self.run, attempt=self.run.attempt + 1)
-            if not await self._host.attempted(self.run, again):
+            if not await self._host.attempted(again):
                 return None
             self.run = again
 
     async def _perform(self) -> Outcome:
         job = self._job
         firing = None
-        if job.condition is not None:
+        if not self._goes_ahead:
             firing = self._firing()
             try:
                 if not await call(_function(job.condition), firing):
                     return Outcome(RunState.SKIPPED, "condition")
             except Exception as error:
                 return Outcome(RunState.SKIPPED, "condition", error)
+            self._goes_ahead = True
         request = job.request
         from_source = is_source(request)
         if not from_source and not callable(request):
@@ -228,7 +250,7 @@ class Execution:
             response = await self.infer(request)
         except Overloaded as error:
             if not error.evicted:
-                return Outcome(RunState.SKIPPED, "busy", error)
+                return self._refused(error)
             self.add(request, None, row_count(request))
             return Outcome(RunState.FAILED, "evicted", error)
         except Exception:
@@ -237,16 +259,20 @@ class Execution:
         self.add(request, response, row_count(request))
         return Outcome(RunState.SUCCEEDED, result=response)
 
+    def _refused(self, error: Overloaded) -> Outcome:
+        """There was no room: the firing does not take place, unless it has taken place already and is tried again."""
+        return Outcome(RunState.SKIPPED if self.run.attempt == 1 else RunState.FAILED, "busy", error)
+
     async def _several(self, items: AsyncIterator[SourceItem], *, keep: bool) -> Outcome:
         stream = Stream(self, self._firing(), self._job.sink, self._job.run.max_in_flight, keep=keep)
         await stream.run(items)
         if stream.refused is not None:
-            return Outcome(RunState.SKIPPED, "busy", stream.refused)
+            return self._refused(stream.refused)
         if stream.first_error is not None:
             reason = _reason(stream.first_error)
-            return Outcome(RunState.FAILED, reason, PartlyFailed(stream, self.requests))
+            return Outcome(RunState.FAILED, reason, PartlyFailed(stream))
         return Outcome(
-            RunState.SUCCEEDED, "" if self.requests else "nothing to do", result=stream.kept if keep else None
+            RunState.SUCCEEDED, "" if stream.requests else "nothing to do", result=stream.kept if keep else None
         )
 
     def infer(self, request: Any, *, starts: bool = True) -> Awaitable[InferenceResponse]:
@@ -291,6 +317,8 @@ class Execution:
         except Exception as error:
             logger.warning("job %r: on_result failed: %s", self._job.id, _text(error))
             return _text(error)
+        except asyncio.CancelledError:  # the run is over, whatever becomes of its callback
+            return f"cut short: {self.leave}" if _is_cancelled() else "something that it awaited was cancelled"
         return ""
 
 
@@ -299,15 +327,22 @@ class PartlyFailed(CronError):
 
     code = "partly_failed"
 
-    def __init__(self, stream: Stream, requests: int) -> None:
-        failed = stream.failed
+    def __init__(self, stream: Stream) -> None:
         error = stream.first_error
-        super().__init__(f"{failed} of {requests} requests failed, the first ({stream.first_key}): {_text(error)}")
+        super().__init__(
+            f"{stream.failed} of {stream.requests} requests failed, the first ({stream.first_key}): {_text(error)}"
+        )
         self.retryable = _may_pass(error)  # type: ignore[misc]  # it is as its cause is
         self.__cause__ = error
 
 
 _ANYBODYS_GUESS: Final = ("inference_error", "backend")
+
+
+def _is_cancelled() -> bool:
+    """Whether the run itself is being cancelled, and not merely something that it awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _function(value: Any) -> Callable[..., Any]:

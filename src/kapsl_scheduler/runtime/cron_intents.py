@@ -7,7 +7,6 @@ and the store (`runtime.cron_ledger`), which occurrences become runs (`core.firi
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
@@ -15,10 +14,10 @@ import msgspec
 
 from kapsl_scheduler.core.firing import Plan, Timetable, missed_since, place, plan, startable
 from kapsl_scheduler.core.jobs import CronJob, OnInterrupt
-from kapsl_scheduler.core.runs import Backfill, JobState, Run, RunState, booked
+from kapsl_scheduler.core.runs import Backfill, Change, JobState, Run, RunState, booked
 from kapsl_scheduler.errors import InvalidJob, NotFound
 from kapsl_scheduler.runtime.cron_execution import Execution
-from kapsl_scheduler.runtime.cron_ledger import Draft, Entry, Intent
+from kapsl_scheduler.runtime.cron_ledger import Entry, Intent
 
 __all__ = [
     "Attempt",
@@ -36,6 +35,7 @@ __all__ = [
     "Trigger",
 ]
 
+_NOT_ENABLED: Final = "not enabled"
 MAX_BACKFILL: Final = 10_000
 """Runs that one backfill may ask for."""
 
@@ -46,6 +46,8 @@ class IntentHost(Protocol):
     """What intents need of their scheduler."""
 
     owner: str
+    closing: bool
+    cutting: bool
 
     def wall(self) -> int: ...
     def launch(self, entry: Entry, run: Run) -> None: ...
@@ -54,45 +56,52 @@ class IntentHost(Protocol):
     def schedule(self, entry: Entry, nominal: int | None, due: int | None) -> None: ...
     def reschedule(self, entry: Entry) -> None: ...
     def executions(self, job: str) -> list[Execution]: ...
+    def look_again(self, job: str) -> None: ...
     def told(self, kind: str, job: str, run: Run | None = None) -> None: ...
     def room_for_waiting(self, entry: Entry) -> None: ...
+    def room_in(self, job: str) -> None: ...
     def cancel_elsewhere(self, entry: Entry, besides: Sequence[Run]) -> None: ...
 
 
-def _books(draft: Draft, job: str) -> JobState:
-    """The job's books as they are now. Raises `NotFound`."""
-    if draft.state is None:
+def _found(entry: Entry | None, job: str) -> Entry:
+    """The job. Raises `NotFound`."""
+    if entry is None:
         raise NotFound(f"no job {job!r}")
-    return draft.state
+    return entry
+
+
+def _version(entry: Entry | None) -> int:
+    return 0 if entry is None else entry.version
 
 
 class _Creating(Intent):
     """Something that adds runs, and starts those that are to run."""
 
-    __slots__ = ("_first", "_host", "_others", "_plan")
-
-    _first: int
-    _others: list[tuple[Execution, Run]]
+    __slots__ = ("_host", "_others", "_plan")
 
     def __init__(self, host: IntentHost, job: str) -> None:
         super().__init__(job)
         self._host = host
         self._plan: Plan | None = None
+        self._others: Sequence[tuple[Execution, Run]] = ()
 
-    def take(self, draft: Draft, decided: Plan) -> None:
+    def take(self, entry: Entry, decided: Plan) -> Change | None:
         self._plan = decided
-        self._first = len(draft.created)
         state = decided.state
+        updated: tuple[Run, ...] = ()
         if decided.cancel_others:
-            self._others = []
+            self._others = others = []
             now = self._host.wall()
             for execution in self._host.executions(self.job):
+                if execution.run.detached or execution.run.limit:
+                    continue  # not this job's any more, or of a backfill, which goes its own way
                 after = execution.cut(RunState.CANCELLED, "overlap", now)
                 state = booked(state, execution.run, after)
-                draft.updated += (after,)
-                self._others.append((execution, after))
-        draft.state = state
-        draft.created += decided.runs
+                updated += (after,)
+                others.append((execution, after))
+        if state is entry.state:
+            return None
+        return Change(job=self.job, expected=entry.version, state=state, created=decided.runs, updated=updated)
 
     def follow(self, entry: Entry, numbers: Sequence[int]) -> list[Run]:
         assert self._plan is not None
@@ -100,17 +109,22 @@ class _Creating(Intent):
             for execution, after in self._others:
                 execution.discard("overlap")
                 self._host.noted(after)
-            if entry.state.running + entry.state.waiting > len(self._plan.runs):
+            if entry.state.running + entry.state.waiting > 1:
                 self._host.cancel_elsewhere(entry, self._plan.runs)
-        runs = [
-            replace(run, number=number) for run, number in zip(self._plan.runs, numbers[self._first :], strict=False)
-        ]
+        runs = [replace(run, number=number) for run, number in zip(self._plan.runs, numbers, strict=True)]
         for run in runs:
             if run.state is RunState.RUNNING:
                 self._host.launch(entry, run)
             else:
                 self._host.noted(run)
         return runs
+
+    def gives_way(self) -> bool:
+        """What was to be cancelled in its favour is another process's by now: that one says how it ends."""
+        others, self._others = self._others, []
+        for execution, _ in others:
+            execution.discard("taken over")
+        return bool(others)
 
 
 class Fire(_Creating):
@@ -124,22 +138,26 @@ class Fire(_Creating):
         super().__init__(host, job)
         self._met = 0
 
-    def decide(self, draft: Draft) -> None:
-        entry, state = draft.entry, draft.state
-        if entry is None or state is None or entry.unbound is not None:
+    def decide(self, entry: Entry | None) -> Change | None:
+        if entry is None or entry.unbound is not None or self._host.cutting:
             self._plan = None
-            return
+            return None
         assert entry.job is not None
         assert entry.timetable is not None
+        state = entry.state
         if self._met > state.cursor:
             state = replace(state, cursor=self._met)
-        self.take(draft, plan(entry.job, entry.timetable, state, self._host.wall(), self._host.owner))
+        return self.take(entry, plan(entry.job, entry.timetable, state, self._host.wall(), self._host.owner))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         if entry is None or self._plan is None:
             return
-        self.follow(entry, numbers)
         self._host.schedule(entry, self._plan.next, self._plan.due)
+        self.follow(entry, numbers)
+
+    def fail(self, error: Exception) -> None:
+        """It could not be decided: that must not be the end of the job."""
+        self._host.look_again(self.job)
 
     def exists(self, run: Run) -> None:
         """The run was made in an earlier life of the job: it is not made again, and the schedule goes on behind it."""
@@ -149,21 +167,27 @@ class Fire(_Creating):
 
 
 class Trigger(_Creating):
-    """One run now, asked for by name. Asked for twice under one origin, it is the same run."""
+    """One run now. With a `version`, whoever asks has looked at the job as of then, and has not found that it was asked
+    for before: a job that is another by now is to be looked at again, and the answer is None."""
 
-    __slots__ = ("_origin",)
+    __slots__ = ("_origin", "_version")
 
-    alone = True
-
-    def __init__(self, host: IntentHost, job: str, origin: str | None) -> None:
+    def __init__(self, host: IntentHost, job: str, origin: str, version: int | None) -> None:
         super().__init__(host, job)
-        self._origin = origin or f"trigger-{uuid.uuid4().hex}"
+        self._origin = origin
+        self._version = version
 
-    def decide(self, draft: Draft) -> None:
-        state = _books(draft, self.job)
-        self.take(draft, place(_ready(draft), state, self._origin, self._host.wall(), self._host.owner))
+    def decide(self, entry: Entry | None) -> Change | None:
+        self._plan = None
+        entry = _found(entry, self.job)
+        job, _ = _ready(entry)
+        if self._version is not None and self._version != entry.version:
+            return None
+        return self.take(entry, place(job, entry.state, self._origin, self._host.wall(), self._host.owner))
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> Run:
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> Run | None:
+        if self._plan is None:
+            return None
         assert entry is not None
         return self.follow(entry, numbers)[0]
 
@@ -172,24 +196,26 @@ class Trigger(_Creating):
 
 
 class Fill(Intent):
-    """The runs of a backfill: one for each occurrence of a range, a few at a time."""
+    """The runs of a backfill: one for each occurrence of a range, a few at a time. Says how many; None as `Trigger`."""
 
-    __slots__ = ("_host", "_limit", "_origin", "_range")
+    __slots__ = ("_host", "_limit", "_origin", "_range", "_version")
 
-    alone = True
-
-    def __init__(self, host: IntentHost, job: str, start: int, end: int, limit: int, origin: str | None) -> None:
+    def __init__(
+        self, host: IntentHost, job: str, start: int, end: int, limit: int, origin: str, version: int | None
+    ) -> None:
         super().__init__(job)
         self._host = host
         self._range = (start, end)
         self._limit = limit
-        self._origin = origin or f"backfill-{uuid.uuid4().hex}"
+        self._origin = origin
+        self._version = version
 
-    def decide(self, draft: Draft) -> None:
-        state = _books(draft, self.job)
-        _ready(draft)
-        timetable = draft.entry.timetable if draft.entry is not None else None
-        assert timetable is not None
+    def decide(self, entry: Entry | None) -> Change | None:
+        entry = _found(entry, self.job)
+        _, timetable = _ready(entry)
+        if self._version is not None and self._version != entry.version:
+            return None
+        state = entry.state
         start, end = self._range
         number = timetable.count(start - 1, end - 1)
         if not 0 < number <= MAX_BACKFILL:
@@ -210,17 +236,17 @@ class Fill(Intent):
             )
             runs.append(run)
             nominal = timetable.next(nominal)
-        draft.created += tuple(runs)
         backfills = {**state.backfills, self._origin: Backfill(self._limit, waiting=number)}
-        draft.state = replace(state, due=state.due + number, backfills=backfills)
+        state = replace(state, due=state.due + number, backfills=backfills)
+        return Change(job=self.job, expected=entry.version, state=state, created=tuple(runs))
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> tuple[str, int]:
+    def done(self, entry: Entry | None, numbers: Sequence[int]) -> int | None:
         assert entry is not None
         self._host.room_for_waiting(entry)
-        return self._origin, len(numbers)
+        return len(numbers) or None
 
-    def exists(self, run: Run) -> tuple[str, int]:
-        return self._origin, 0
+    def exists(self, run: Run) -> int:
+        return 0
 
 
 class Start(Intent):
@@ -228,7 +254,6 @@ class Start(Intent):
 
     __slots__ = ("_after", "_before", "_host")
 
-    alone = True
     lasting = True
 
     def __init__(self, host: IntentHost, run: Run) -> None:
@@ -237,14 +262,13 @@ class Start(Intent):
         self._before = run
         self._after = run
 
-    def decide(self, draft: Draft) -> None:
-        before, state = self._before, draft.state
-        self._after = before
-        if state is None or draft.entry is None or draft.entry.unbound is not None:
-            return
+    def decide(self, entry: Entry | None) -> Change | None:
+        before = self._after = self._before
+        if entry is None or entry.unbound is not None or self._host.closing:
+            return None
         origin = before.origin if before.limit else None
-        if not any(place == origin for place, _ in startable(state)):
-            return  # another was faster: its turn comes again
+        if not any(place == origin for place, _ in startable(entry.state)):
+            return None  # another was faster: its turn comes again
         self._after = replace(
             before,
             state=RunState.RUNNING,
@@ -253,14 +277,17 @@ class Start(Intent):
             started=self._host.wall(),
             attempt=before.attempt + (before.started is not None),
         )
-        draft.state = booked(state, before, self._after)
-        draft.updated += (self._after,)
-        draft.taken_from = ""
+        state = booked(entry.state, before, self._after)
+        return Change(job=self.job, expected=entry.version, state=state, updated=(self._after,), taken_from="")
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         if entry is not None and self._after.state is RunState.RUNNING:
             self._host.launch(entry, self._after)
             self._host.room_for_waiting(entry)
+
+    def refused(self) -> None:
+        """It has started already, asked for twice: another may start in this one's place."""
+        self._host.room_in(self.job)
 
 
 class Rescue(Intent):
@@ -268,28 +295,31 @@ class Rescue(Intent):
 
     __slots__ = ("_after", "_before", "_host")
 
-    alone = True
-
     def __init__(self, host: IntentHost, run: Run) -> None:
         super().__init__(run.job)
         self._host = host
         self._before = run
         self._after = run
 
-    def decide(self, draft: Draft) -> None:
-        before, entry = self._before, draft.entry
+    def decide(self, entry: Entry | None) -> Change | None:
+        before = self._before
+        taken_from = None
         job = None if entry is None or before.detached else entry.job
         if job is None or job.run.on_interrupt is OnInterrupt.RECORD:
             self._after = replace(before, state=RunState.INTERRUPTED, reason="crash", ended=self._host.wall())
         else:
-            draft.taken_from = before.owner
+            taken_from = before.owner
             if entry is not None and entry.unbound is None:
                 self._after = replace(before, owner=self._host.owner, attempt=before.attempt + 1)
             else:
                 self._after = replace(before, state=RunState.PENDING, reason="crash", owner="")
-        if draft.state is not None and not before.detached:
-            draft.state = booked(draft.state, before, self._after)
-        draft.updated += (self._after,)
+        return Change(
+            job=self.job,
+            expected=_version(entry),
+            state=None if entry is None or before.detached else booked(entry.state, before, self._after),
+            updated=(self._after,),
+            taken_from=taken_from,
+        )
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         if self._after.state is RunState.RUNNING and entry is not None:
@@ -305,7 +335,6 @@ class Cut(Intent):
 
     __slots__ = ("_after", "_before", "_host")
 
-    alone = True
     lasting = True
 
     def __init__(self, host: IntentHost, run: Run, reason: str) -> None:
@@ -314,10 +343,9 @@ class Cut(Intent):
         self._before = run
         self._after = replace(run, state=RunState.CANCELLED, reason=reason, ended=host.wall())
 
-    def decide(self, draft: Draft) -> None:
-        if draft.state is not None:
-            draft.state = booked(draft.state, self._before, self._after)
-        draft.updated += (self._after,)
+    def decide(self, entry: Entry | None) -> Change | None:
+        state = None if entry is None else booked(entry.state, self._before, self._after)
+        return Change(job=self.job, expected=_version(entry), state=state, updated=(self._after,))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         self._host.noted(self._after)
@@ -334,8 +362,8 @@ class Attempt(Intent):
         super().__init__(after.job)
         self._after = after
 
-    def decide(self, draft: Draft) -> None:
-        draft.updated += (self._after,)
+    def decide(self, entry: Entry | None) -> Change | None:
+        return Change(job=self.job, expected=None, updated=(self._after,))  # whatever has become of the job
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
         return True
@@ -349,45 +377,51 @@ class Checkpoint(Attempt):
 
     __slots__ = ("_memory",)
 
-    alone = True
-
     def __init__(self, after: Run, memory: Mapping[str, str | None]) -> None:
         super().__init__(after)
         self._memory = memory
 
-    def decide(self, draft: Draft) -> None:
-        super().decide(draft)
-        draft.memory = self._memory
-        draft.expected = None  # whatever has become of the job
+    def decide(self, entry: Entry | None) -> Change | None:
+        return Change(job=self.job, expected=None, updated=(self._after,), memory=self._memory)
 
 
 class End(Intent):
-    """A run has ended, one way or another."""
+    """A run has ended, one way or another, or goes back to wait. `anchor` is that of its job when it was dispatched:
+    what has another is a later job of the same id, in whose books it is not."""
 
-    __slots__ = ("_after", "_before", "_host")
+    __slots__ = ("_after", "_anchor", "_before", "_host", "_pauses")
 
     lasting = True
 
-    def __init__(self, host: IntentHost, before: Run, after: Run) -> None:
+    def __init__(self, host: IntentHost, before: Run, after: Run, anchor: int) -> None:
         super().__init__(before.job)
         self._host = host
         self._before = before
         self._after = after
+        self._anchor = anchor
+        self._pauses = False
 
-    def decide(self, draft: Draft) -> None:
-        if draft.state is not None and not self._before.detached:
-            state = booked(draft.state, self._before, self._after)
-            job = None if draft.entry is None else draft.entry.job
-            limit = None if job is None else job.run.pause_after
+    def decide(self, entry: Entry | None) -> Change | None:
+        state = None
+        self._pauses = False
+        if entry is not None and entry.state.anchor == self._anchor and not self._before.detached:
+            state = booked(entry.state, self._before, self._after)
+            limit = None if entry.job is None else entry.job.run.pause_after
             if limit is not None and state.failures >= limit and not state.paused:
+                self._pauses = True
                 state = replace(state, paused=f"{state.failures} failures in a row")
-            draft.state = state
-        draft.updated += (self._after,)
+        return Change(
+            job=self.job,
+            expected=_version(entry),
+            state=state,
+            updated=(self._after,),
+            taken_from=None if self._after.owner == self._before.owner else self._before.owner,
+        )
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         self._host.noted(self._after)
         if entry is not None:
-            if entry.state.paused and entry.due is not None:
+            if self._pauses:
                 self._host.reschedule(entry)
                 self._host.told("paused", self.job)
             self._host.room_for_waiting(entry)
@@ -396,9 +430,7 @@ class End(Intent):
 class Define(Intent):
     """A job as its owner wants it: new, or in place of what is known under its id, with its counters and its phase."""
 
-    __slots__ = ("_definition", "_host", "_job", "_refuse", "_told")
-
-    alone = True
+    __slots__ = ("_definition", "_host", "_job", "_missed", "_refuse", "_told")
 
     def __init__(self, host: IntentHost, job: CronJob, definition: bytes, *, refuse: bool = False) -> None:
         super().__init__(job.id)
@@ -407,39 +439,57 @@ class Define(Intent):
         self._definition = definition
         self._refuse = refuse
         self._told = ""
+        self._missed: tuple[Run, ...] = ()
 
-    def decide(self, draft: Draft) -> None:
+    def decide(self, entry: Entry | None) -> Change | None:
         now = self._host.wall()
-        entry, state = draft.entry, draft.state
-        if entry is None or state is None:
+        self._missed = ()
+        if entry is None:
             self._told = "registered"
-            if Timetable.of(self._job, now).next(now) is None:
-                raise InvalidJob(["schedule: it never fires from now on"], self.job)
-            draft.state = JobState(anchor=now, cursor=now, paused="" if self._job.enabled else "not enabled")
-            draft.definition = self._definition
-            return
+            self._check_fires(now, now)
+            state = JobState(anchor=now, cursor=now, paused="" if self._job.enabled else _NOT_ENABLED)
+            return Change(job=self.job, expected=0, state=state, definition=self._definition)
         self._told = ""
         if entry.definition == self._definition:
-            return
+            return None
         if self._refuse:
             raise InvalidJob(["id: the store has another job of this id, and on_conflict is 'error'"], self.job)
         self._told = "updated"
-        before, timetable = entry.job, entry.timetable
+        before, timetable, state = entry.job, entry.timetable, entry.state
         if before is None or timetable is None:
+            self._check_fires(state.anchor, now)
             state = replace(state, cursor=max(state.cursor, now))
         elif before.schedule != self._job.schedule or before.firing != self._job.firing:
             # What the old schedule asked for is accounted for; the new one begins now.
-            state, missed = missed_since(before, timetable, state, now, "updated")
-            draft.created += missed
+            self._check_fires(state.anchor, now)
+            state, self._missed = missed_since(before, timetable, state, now, "updated")
             state = replace(state, cursor=max(state.cursor, now))
-        draft.state = state
-        draft.definition = self._definition
+        if before is not None and before.enabled != self._job.enabled:
+            if not self._job.enabled:
+                state = replace(state, paused=state.paused or _NOT_ENABLED)
+            elif state.paused == _NOT_ENABLED:
+                assert timetable is not None
+                state, missed = missed_since(before, timetable, state, now, "paused")
+                self._missed += missed
+                state = replace(state, paused="")
+        return Change(
+            job=self.job,
+            expected=entry.version,
+            state=state,
+            definition=self._definition,
+            created=self._missed,
+        )
+
+    def _check_fires(self, anchor: int, now: int) -> None:
+        if Timetable.of(self._job, anchor).next(now) is None:
+            raise InvalidJob(["schedule: it never fires from now on"], self.job)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
         entry.job, entry.timetable, entry.unbound = self._job, Timetable.of(self._job, entry.state.anchor), None
         self._host.reschedule(entry)
         self._host.room_for_waiting(entry)
+        _note(self._host, self._missed, numbers)
         if self._told:
             self._host.told(self._told, self.job)
 
@@ -454,9 +504,11 @@ class Pause(Intent):
         self._host = host
         self._reason = reason
 
-    def decide(self, draft: Draft) -> None:
-        state = _books(draft, self.job)
-        draft.state = state if state.paused else replace(state, paused=self._reason)
+    def decide(self, entry: Entry | None) -> Change | None:
+        entry = _found(entry, self.job)
+        if entry.state.paused:
+            return None
+        return Change(job=self.job, expected=entry.version, state=replace(entry.state, paused=self._reason))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
@@ -473,56 +525,64 @@ class Resume(Intent):
         super().__init__(job)
         self._host = host
         self._catch_up = catch_up
+        self._missed: tuple[Run, ...] = ()
 
-    def decide(self, draft: Draft) -> None:
-        state = _books(draft, self.job)
-        if not state.paused:
-            return
-        state = replace(state, paused="", failures=0)
-        entry = draft.entry
-        if not self._catch_up and entry is not None and entry.job is not None and entry.timetable is not None:
-            state, missed = missed_since(entry.job, entry.timetable, state, self._host.wall(), "paused")
-            draft.created += missed
-        draft.state = state
+    def decide(self, entry: Entry | None) -> Change | None:
+        entry = _found(entry, self.job)
+        self._missed = ()
+        if not entry.state.paused:
+            return None
+        state = replace(entry.state, paused="", failures=0)
+        if not self._catch_up and entry.job is not None and entry.timetable is not None:
+            now = self._host.wall()
+            state, self._missed = missed_since(entry.job, entry.timetable, state, now, "paused")
+        return Change(job=self.job, expected=entry.version, state=state, created=self._missed)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
         self._host.reschedule(entry)
+        _note(self._host, self._missed, numbers)
         self._host.told("resumed", self.job)
 
 
 class Remove(Intent):
-    """The job is no more. What waits is cancelled; what runs is too, or goes on without it."""
+    """The job is no more. What waits is cancelled; what runs is too, or goes on without it. `open_runs` are those of
+    that `version`: if it is another by now, the answer is False, and whoever asks looks again."""
 
-    __slots__ = ("_cancel", "_cut", "_host", "_open")
+    __slots__ = ("_cancel", "_cut", "_host", "_open", "_removes", "_version")
 
-    alone = True
-
-    def __init__(self, host: IntentHost, job: str, open_runs: Sequence[Run], *, cancel: bool) -> None:
+    def __init__(self, host: IntentHost, job: str, open_runs: Sequence[Run], version: int, *, cancel: bool) -> None:
         super().__init__(job)
         self._host = host
         self._open = open_runs
+        self._version = version
         self._cancel = cancel
         self._cut: list[Run] = []
+        self._removes = False
 
-    def decide(self, draft: Draft) -> None:
-        _books(draft, self.job)
+    def decide(self, entry: Entry | None) -> Change | None:
+        entry = _found(entry, self.job)
+        self._removes = entry.version == self._version
+        if not self._removes:
+            return None
         now = self._host.wall()
-        self._cut = []
-        draft.remove = True
-        for run in self._open:
-            if run.state is RunState.RUNNING and not self._cancel:
-                draft.updated += (replace(run, detached=True),)
-            else:
-                self._cut.append(replace(run, state=RunState.CANCELLED, reason="unregistered", ended=now))
-        draft.updated += tuple(self._cut)
+        goes_on = [run for run in self._open if run.state is RunState.RUNNING and not self._cancel]
+        self._cut = [
+            replace(run, state=RunState.CANCELLED, reason="unregistered", ended=now)
+            for run in self._open
+            if run not in goes_on
+        ]
+        kept = [replace(run, detached=True) for run in goes_on]
+        return Change(job=self.job, expected=entry.version, remove=True, updated=(*kept, *self._cut))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
+        if not self._removes:
+            return False
         cut = {run.key for run in self._cut}
         for execution in self._host.executions(self.job):
             if execution.run.key in cut:
                 execution.discard("unregistered")
-            else:  # also one that has begun since: it is in nobody's books any more
+            else:
                 execution.run = replace(execution.run, detached=True)
         for run in self._cut:
             self._host.noted(run)
@@ -534,11 +594,16 @@ class Remove(Intent):
         return False
 
 
-def _ready(draft: Draft) -> CronJob:
-    """The job, if it can run here. Raises `InvalidJob`, which says why not."""
-    entry = draft.entry
-    assert entry is not None
+def _note(host: IntentHost, missed: Sequence[Run], numbers: Sequence[int]) -> None:
+    """Runs that came to be as missed."""
+    for run, number in zip(missed, numbers, strict=True):
+        host.noted(replace(run, number=number))
+
+
+def _ready(entry: Entry) -> tuple[CronJob, Timetable]:
+    """The job and its occurrences, if it can run here. Raises `InvalidJob`, which says why not."""
     if entry.unbound is not None:
         raise InvalidJob([f"it cannot run here: {entry.unbound}"], entry.id)
     assert entry.job is not None
-    return entry.job
+    assert entry.timetable is not None
+    return entry.job, entry.timetable

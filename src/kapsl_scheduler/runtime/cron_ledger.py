@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from kapsl_scheduler.core.firing import Timetable
@@ -20,7 +20,7 @@ from kapsl_scheduler.core.runs import Change, JobRecord, Run
 from kapsl_scheduler.errors import CronError, StoreError
 from kapsl_scheduler.ports import Committed, Exists, JobStore, Stale
 
-__all__ = ["Draft", "Entry", "Intent", "Ledger"]
+__all__ = ["Entry", "Intent", "Ledger"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,81 +49,33 @@ class Entry:
         self.place = 0  # of its entry on the timer's heap; an older one is void
 
 
-class Draft:
-    """What the intents of one round want of one job; `state` is None where there is no such job."""
-
-    __slots__ = (
-        "created",
-        "definition",
-        "entry",
-        "expected",
-        "intents",
-        "job",
-        "memory",
-        "remove",
-        "state",
-        "taken_from",
-        "updated",
-    )
-
-    def __init__(self, job: str, entry: Entry | None) -> None:
-        self.job = job
-        self.entry = entry
-        self.intents: list[Intent] = []
-        self.expected: int | None = 0 if entry is None else entry.version
-        self.state = None if entry is None else entry.state
-        self.definition: bytes | None = None
-        self.remove = False
-        self.created: tuple[Run, ...] = ()
-        self.updated: tuple[Run, ...] = ()
-        self.taken_from: str | None = None
-        self.memory: Mapping[str, str | None] = {}
-
-    def change(self) -> Change | None:
-        """None where nothing is to be written."""
-        before = None if self.entry is None else self.entry.state
-        state = self.state if self.state is not before or self.definition is not None else None
-        if state is None and not (self.remove or self.created or self.updated or self.memory):
-            return None
-        return Change(
-            job=self.job,
-            expected=self.expected,
-            state=state,
-            definition=self.definition,
-            remove=self.remove,
-            created=self.created,
-            updated=self.updated,
-            taken_from=self.taken_from,
-            memory=self.memory,
-        )
-
-
 class Intent:
-    """Something that is to be decided and written about one job.
-
-    `alone` intents share no transaction part with others of their job. `lasting` intents are kept and tried again while
-    the store fails; others fail with it.
-    """
+    """Something that is to be decided and written about one job. `lasting` intents are kept and tried again while the
+    store fails; others fail with it."""
 
     __slots__ = ("future", "job")
 
-    alone = False
     lasting = False
 
     def __init__(self, job: str) -> None:
         self.job = job
         self.future: asyncio.Future[Any] | None = None
 
-    def decide(self, draft: Draft) -> None:
-        """Put into the draft what is to be written. Raises `CronError` for what cannot be, having put in nothing."""
+    def decide(self, entry: Entry | None) -> Change | None:
+        """What is to be written (None: nothing), the job being as `entry` says, or not there. Raises `CronError` for
+        what cannot be."""
         raise NotImplementedError
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> Any:
-        """It is written: `entry` is the job now, `numbers` are those of all runs that the draft created. Returns what
+        """It is written: `entry` is the job now, `numbers` are those of the runs that were created. Returns what
         whoever waits is to hear."""
 
     def refused(self) -> Any:
         """A run of which it wanted to write the end has ended already, or is another's: nothing was written."""
+
+    def gives_way(self) -> bool:
+        """The same, asked first: whether it is to be decided again, without that run."""
+        return False
 
     def exists(self, run: Run) -> Any:
         """A run that it wanted to create is there: nothing was written."""
@@ -145,8 +97,8 @@ class Ledger:
         self._changed = changed
         self._gone = gone
         self._queue: deque[Intent] = deque()
-        self._apart: set[str] = set()  # jobs of which only one intent goes into a round
         self._writing = False
+        self._closed: Exception | None = None  # what whoever hands something in is told from now on
         self._sleeper: asyncio.Future[None] | None = None  # of `serve`, while there is nothing to write
         self._waiters: list[asyncio.Future[None]] = []  # until nothing is left to write
 
@@ -157,24 +109,53 @@ class Ledger:
 
         Cancelling the await leaves it in: it may be written nevertheless.
         """
-        future = intent.future = asyncio.get_running_loop().create_future()
-        await self.settle(intent)
-        return await future
+        (answer,) = await self.do_all([intent])
+        return answer
+
+    async def do_all(self, intents: Sequence[Intent]) -> list[Any]:
+        """The same for several, which are written together if they can be. Raises the first error of them."""
+        loop = asyncio.get_running_loop()
+        futures = []
+        for intent in intents:
+            intent.future = loop.create_future()
+            futures.append(intent.future)
+        await self.settle(*intents)
+        if len(futures) > 1:
+            try:
+                await asyncio.wait(futures)
+            except asyncio.CancelledError:
+                for future in futures:
+                    future.cancel()
+                raise
+            errors = [error for future in futures if (error := future.exception()) is not None]
+            if errors:
+                raise errors[0]
+        return [await future for future in futures]
 
     async def settle(self, *intents: Intent) -> None:
         """Hand them in, and write here and now what was handed in, if that takes no wait; else `serve` will."""
-        if not self.store.instant or self._writing:
+        if not self.store.instant or self._writing or self._closed is not None:
             for intent in intents:
                 self.post(intent)
             return
         self._queue.extend(intents)
         if self._queue:
-            await self._write_all()  # it does not suspend: no other task sees it half done
+            await self._write_all(patient=False)  # it does not suspend: no other task sees it half done
 
     def post(self, intent: Intent) -> None:
         """Hand it in and go on."""
+        if self._closed is not None:
+            intent.fail(self._closed)
+            return
         self._queue.append(intent)
         self._wake()
+
+    def close(self, error: Exception) -> None:
+        """Nothing more is written: whoever waits for something, or hands something in, is told so."""
+        self._closed = error
+        while self._queue:
+            self._queue.popleft().fail(error)
+        self._release()
 
     def _wake(self) -> None:
         if self._sleeper is not None and not self._sleeper.done():
@@ -209,27 +190,30 @@ class Ledger:
                 await self._sleeper
                 self._sleeper = None
             else:
-                await self._write_all(gently=True)
+                await self._write_all(patient=True)
 
-    async def _write_all(self, *, gently: bool = False) -> None:
-        """All that is in the queue; if `gently`, others get the loop between two rounds."""
+    async def _write_all(self, *, patient: bool) -> None:
+        """Until nothing is left, or the store fails: then whoever is `patient` tries again, others leave it to
+        `serve`. Who is patient lets others have the loop between two rounds."""
         self._writing = True
         wait = RETRY_FIRST
         try:
             while self._queue:
                 try:
-                    await self._round()
+                    written = await self._round()
                 except StoreError as error:
                     if self.failing is None:
                         logger.error("the store of the cron jobs fails, it is tried again: %s", error)
                     self.failing = error
+                    if not patient:
+                        return
                     await asyncio.sleep(wait if self._queue else 0)
                     wait = min(wait * 2, RETRY_MOST)
                 else:
-                    if self.failing is not None:
+                    if written and self.failing is not None:
                         logger.warning("the store of the cron jobs works again")
                         self.failing, wait = None, RETRY_FIRST
-                    if gently and self._queue:
+                    if patient and self._queue:
                         await asyncio.sleep(0)
         finally:
             self._writing = False
@@ -238,96 +222,97 @@ class Ledger:
             elif self._waiters:
                 self._release()
 
-    async def _round(self) -> None:
-        drafts: list[Draft] = []
-        changes: list[Change] = []
-        for draft in self._decided():
-            if (change := draft.change()) is not None:
-                drafts.append(draft)
-                changes.append(change)
-            else:
-                _answer(draft, draft.entry, ())
-        if not changes:
-            return
+    async def _round(self) -> bool:
+        """Decide what is there, and write it. Returns whether there was anything to write."""
+        decided = self._decided()
+        if not decided:
+            return False
         try:
-            results = await self.store.commit(changes)
-        except StoreError as error:
-            lasting = [intent for draft in drafts for intent in draft.intents if intent.lasting]
-            self._queue.extendleft(reversed(lasting))
-            for draft in drafts:
-                for intent in draft.intents:
-                    if not intent.lasting:
-                        intent.fail(error)
+            results = await self.store.commit([change for _, _, change in decided])
+        except asyncio.CancelledError:  # at the end: `close` tells them
+            self._queue.extendleft(intent for intent, _, _ in reversed(decided))
             raise
-        for draft, result in zip(drafts, results, strict=True):
+        except Exception as error:
+            self._not_written([intent for intent, _, _ in decided], error)
+            if isinstance(error, StoreError):
+                raise
+            logger.exception("the store of the cron jobs raised what it should not")
+            raise StoreError(f"{type(error).__name__}: {error}") from error
+        again: list[Intent] = []
+        for (intent, entry, change), result in zip(decided, results, strict=True):
             if isinstance(result, Committed):
-                self._committed(draft, result)
-            else:
-                self._queue.extendleft(reversed(self._again(draft, result)))
+                _answer(intent, self._committed(entry, change, result), result.numbers)
+            elif self._again(intent, change, result):
+                again.append(intent)
+        self._queue.extendleft(reversed(again))
+        return True
 
-    def _decided(self) -> Iterable[Draft]:
-        """Ask the intents of the queue: of each job those that can go together. The rest stays in the queue."""
-        drafts: dict[str, Draft] = {}
-        full: set[str] = set()  # jobs of which no more goes into this round
+    def _not_written(self, intents: Sequence[Intent], error: Exception) -> None:
+        """The lasting ones are tried again; the others fail, also those that would be next."""
+        everyone = [*intents, *self._queue]
+        self._queue = deque(intent for intent in everyone if intent.lasting)
+        for intent in everyone:
+            if not intent.lasting:
+                intent.fail(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))
+
+    def _decided(self) -> list[tuple[Intent, Entry | None, Change]]:
+        """Ask the intents of the queue, one of each job: the next one has to see what becomes of it."""
+        decided: list[tuple[Intent, Entry | None, Change]] = []
+        jobs: set[str] = set()
         later: list[Intent] = []
         for _ in range(min(len(self._queue), ROUND)):
             intent = self._queue.popleft()
             job = intent.job
-            draft = drafts.get(job)
-            if draft is None:
-                draft = drafts[job] = Draft(job, self.entries.get(job))
-            elif job in full or (draft.intents and (intent.alone or draft.intents[-1].alone or job in self._apart)):
-                full.add(job)  # none may overtake another
+            if job in jobs:
                 later.append(intent)
                 continue
+            entry = self.entries.get(job)
             try:
-                intent.decide(draft)
+                change = intent.decide(entry)
             except Exception as error:
                 if not isinstance(error, CronError):
                     logger.exception("job %r: a change could not be decided", job)
                 intent.fail(error)
+                continue
+            if change is None:
+                _answer(intent, entry, ())
             else:
-                draft.intents.append(intent)
+                jobs.add(job)
+                decided.append((intent, entry, change))
         self._queue.extendleft(reversed(later))
-        return drafts.values()
+        return decided
 
-    def _committed(self, draft: Draft, result: Committed) -> None:
-        if self._apart:
-            self._apart.discard(draft.job)
-        entry = draft.entry
-        if draft.remove:
-            if entry is not None and self.entries.pop(draft.job, None) is not None:
+    def _committed(self, entry: Entry | None, change: Change, result: Committed) -> Entry | None:
+        """Take over what was written. Returns the job as it is now."""
+        if change.remove:
+            if entry is not None and self.entries.pop(change.job, None) is not None:
                 self._gone(entry)
-            entry = None
-        elif result.version and draft.state is not None:
-            if entry is None:
-                assert draft.definition is not None
-                entry = Entry(JobRecord(draft.job, draft.definition, draft.state, result.version))
-                self.entries[draft.job] = entry
-            entry.state, entry.version = draft.state, result.version
-            if draft.definition is not None:
-                entry.definition = draft.definition
-        _answer(draft, entry, result.numbers)
+            return None
+        state = change.state
+        if state is None:
+            return entry
+        if entry is None and (entry := self.entries.get(change.job)) is None:  # it may have been read meanwhile
+            assert change.definition is not None
+            entry = Entry(JobRecord(change.job, change.definition, state, result.version))
+            self.entries[change.job] = entry
+        entry.state, entry.version = state, result.version
+        if change.definition is not None:
+            entry.definition = change.definition
+        return entry
 
-    def _again(self, draft: Draft, result: Stale | Exists) -> list[Intent]:
-        """Nothing of the draft was written. What is to be decided again; the rest is told."""
-        job, intents = draft.job, draft.intents
-        if len(intents) > 1:
-            self._apart.add(job)  # find out which of them it was
-            if isinstance(result, Stale):
-                self.refresh(job, result.record)
-            return intents
-        self._apart.discard(job)
-        (intent,) = intents
+    def _again(self, intent: Intent, change: Change, result: Stale | Exists) -> bool:
+        """Nothing of it was written. Whether it is to be decided again; if not, it is told."""
         if isinstance(result, Exists):
             _tell(intent, intent.exists, result.run)
-            return []
+            return False
         record = result.record
-        if draft.expected is None or draft.expected == (0 if record is None else record.version):
-            _tell(intent, intent.refused)
-            return []
-        self.refresh(job, record)
-        return intents
+        if change.expected is not None and change.expected != (0 if record is None else record.version):
+            self.refresh(change.job, record)
+            return True
+        if intent.gives_way():
+            return True
+        _tell(intent, intent.refused)
+        return False
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -344,36 +329,36 @@ class Ledger:
         elif entry.version == record.version:
             return
         else:
-            if entry.definition != record.definition:
+            if entry.definition != record.definition or entry.state.anchor != record.state.anchor:
                 entry.definition, entry.timetable = record.definition, None
             entry.state, entry.version = record.state, record.version
         self._changed(entry)
 
     async def read_changes(self) -> None:
-        """Take over what other processes have changed. Raises `StoreError`."""
+        """Take over what other processes have changed. Raises `StoreError`.
+
+        What was written from here meanwhile is newer than what was read: versions rise, and none is used twice.
+        """
+        before = {job: entry.version for job, entry in self.entries.items()}
         versions = await self.store.versions()
-        different = [
-            job
-            for job, version in versions.items()
-            if (entry := self.entries.get(job)) is None or entry.version != version
-        ]
-        records = {record.id: record for record in await self.store.jobs(different)} if different else {}
-        different.extend([job for job in self.entries if job not in versions])
-        if self._writing or self._queue:
-            return  # what is being written meanwhile is newer; the next look will do
-        for job in different:
-            self.refresh(job, records.get(job))
+        different = [job for job, version in versions.items() if before.get(job, 0) < version]
+        for record in await self.store.jobs(different) if different else ():
+            entry = self.entries.get(record.id)
+            if entry is None or entry.version < record.version:
+                self.refresh(record.id, record)
+        for job, version in before.items():
+            if job not in versions and (entry := self.entries.get(job)) is not None and entry.version == version:
+                self.refresh(job, None)
 
 
-def _answer(draft: Draft, entry: Entry | None, numbers: Sequence[int]) -> None:
-    for intent in draft.intents:
-        try:
-            answer = intent.done(entry, numbers)
-        except Exception as error:
-            _not_acted_on(intent, error)
-        else:
-            if intent.future is not None:
-                _hear(intent.future, answer)
+def _answer(intent: Intent, entry: Entry | None, numbers: Sequence[int]) -> None:
+    try:
+        answer = intent.done(entry, numbers)
+    except Exception as error:
+        _not_acted_on(intent, error)
+    else:
+        if intent.future is not None:
+            _hear(intent.future, answer)
 
 
 def _tell(intent: Intent, method: Callable[..., Any], *words: Any) -> None:

@@ -33,6 +33,10 @@ IDLE_RUNNERS: Final = 8
 AT_ONCE: Final = 64
 """Runs that a runner begins, and changes that are decided, before others get the loop: about a millisecond."""
 
+STUBBORN: Final = 5.0
+"""Seconds that cancelled runs may take to end before they are left behind."""
+LOOK_AGAIN: Final = 30.0
+"""Seconds after which a job is looked at again whose firing could not be decided."""
 PRUNE_EVERY: Final = 500
 """Runs that may end between two looks at the history's bounds."""
 
@@ -70,8 +74,9 @@ class Runs:
         self._empty: asyncio.Future[None] | None = None  # until nothing runs, while the scheduler closes
         self._chores: dict[tuple[str, str], Callable[[], Any]] = {}
         self._chore = asyncio.Event()
-        self._closing = False  # nothing that waits in the store is started any more
-        self._ended = False
+        self.closing = False  # no waiting run starts any more
+        self.cutting = False  # no run does
+        self._hurried: asyncio.Future[None]
 
     # ---------------------------------------------------------------------------------------- dispatching
 
@@ -80,8 +85,8 @@ class Runs:
         return len(self._ready)
 
     def executions(self, job: str) -> list[Execution]:
-        """The job's runs here whose end is not being written."""
-        return [execution for execution in self._of_job.get(job, ()) if not execution.recording]
+        """The job's runs here whose end is not written, nor being written."""
+        return [one for one in self._of_job.get(job, ()) if not (one.recording or one.discarded)]
 
     def everyone(self) -> Iterable[Execution]:
         return (execution for of_job in self._of_job.values() for execution in of_job)
@@ -96,7 +101,10 @@ class Runs:
     def launch(self, entry: Entry, run: Run) -> None:
         """Run it, at once if there is a place."""
         assert entry.job is not None
-        execution = Execution(self, entry.job, run)
+        execution = Execution(self, entry.job, run, entry.state.anchor)
+        if self.cutting:
+            self._end_short(execution)
+            return
         of_job = self._of_job.get(run.job)
         if of_job is None:
             self._of_job[run.job] = [execution]
@@ -134,11 +142,13 @@ class Runs:
                     if not execution.discarded:
                         await self._see_through(execution, task)
                     self._forget(execution)
+                    if task.cancelling():
+                        return
                     at_once += 1
                     if at_once == AT_ONCE:  # they have not waited for anything: others want the loop too
                         await asyncio.sleep(0)
                         at_once = 0
-                if self._ended or len(self._waiting_runners) >= IDLE_RUNNERS:
+                if self.cutting or len(self._waiting_runners) >= IDLE_RUNNERS:
                     return
                 waiter: asyncio.Future[None] = loop.create_future()
                 self._waiting_runners.append(waiter)
@@ -147,7 +157,7 @@ class Runs:
             self._runners.discard(task)
 
     async def _see_through(self, execution: Execution, task: asyncio.Task[None]) -> None:
-        """One run, to its end. Cancelling it is meant for the run, not for the runner."""
+        """One run, to its end. `Execution.stop` is meant for the run, not for the runner, which forgives it."""
         run = execution.run
         self.figures.started(run, self.wall())
         if self._events.wanted:
@@ -158,12 +168,13 @@ class Runs:
             await execution()
         except Exception as error:
             logger.error("job %r: a run ended in an error of the scheduler", run.job, exc_info=error)
-            self._ledger.post(End(self, execution.run, execution.cut(RunState.FAILED, "internal", self.wall())))
+            self.ended(execution, execution.cut(RunState.FAILED, "internal", self.wall()))
         finally:
             self.running -= 1
             execution.task = None
-            while task.cancelling():
-                task.uncancel()
+            if execution.stopped:
+                while task.cancelling():
+                    task.uncancel()
 
     def _forget(self, execution: Execution) -> None:
         of_job = self._of_job[execution.run.job]
@@ -174,36 +185,59 @@ class Runs:
         if not self._of_job and self._empty is not None and not self._empty.done():
             self._empty.set_result(None)
 
+    def _end_short(self, execution: Execution) -> None:
+        execution.recording = True
+        self.ended(execution, execution.cut_short())
+
+    def hurry(self) -> None:
+        """Drain no longer."""
+        if not self._hurried.done():
+            self._hurried.set_result(None)
+
     async def drain(self, seconds: float) -> None:
-        """Let runs end for a while, then cut short the rest: nothing runs when this is over. What waits in the store
-        stays there."""
-        self._closing = True
-        try:
-            if self._of_job and seconds > 0:
-                self._empty = asyncio.get_running_loop().create_future()
-                await asyncio.wait([self._empty], timeout=seconds)
-        finally:
-            self._ended = True
-            for execution in self._ready:
-                if not execution.discarded:
-                    self._ledger.post(End(self, execution.run, execution.cut_short()))
-            self._ready.clear()
-            for execution in self.everyone():
-                if execution.task is not None:
-                    execution.task.cancel()
-            while self._waiting_runners:
-                self._waiting_runners.pop().cancel()
-            if self._runners:
-                await asyncio.wait(self._runners)
+        """Let runs end for a while, also those whose firing is being written; then cut short the rest. What waits in
+        the store stays there. A run that does not end when it is cancelled is left behind, with a word in the log."""
+        self.closing = True
+        loop = asyncio.get_running_loop()
+        self._hurried = loop.create_future()
+        until = loop.time() + seconds
+        settled = loop.create_task(self._ledger.settled())
+        while not self._hurried.done() and (left := until - loop.time()) > 0:
+            if self._of_job:
+                self._empty = loop.create_future()
+            awaited = {one for one in (settled, self._empty) if one is not None and not one.done()}
+            if not awaited:
+                break
+            await asyncio.wait({*awaited, self._hurried}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        settled.cancel()
+        self.cutting = True
+        for execution in self._ready:
+            if not execution.discarded:
+                self._end_short(execution)
+        self._ready.clear()
+        for execution in self.everyone():
+            execution.stop()
+        while self._waiting_runners:
+            self._waiting_runners.pop().cancel()
+        await asyncio.wait({settled, *self._runners}, timeout=STUBBORN)
+        for execution in self.everyone():
+            if execution.task is not None:
+                logger.error(
+                    "job %r: a run does not end though it was cancelled, and is left behind", execution.run.job
+                )
+                if not execution.discarded and not execution.recording:
+                    self._end_short(execution)
+                execution.discarded = True
 
     # -------------------------------------------------------------------------- what executions ask for
 
-    async def attempted(self, before: Run, after: Run) -> bool:
+    async def attempted(self, after: Run) -> bool:
         return bool(await self._ledger.do(Attempt(after)))
 
-    def ended(self, before: Run, after: Run) -> None:
+    def ended(self, execution: Execution, after: Run) -> None:
         # Not at once: of many that were dispatched together, the last should start before the first is written down.
-        self._ledger.post(End(self, before, after))
+        if not execution.discarded:
+            self._ledger.post(End(self, execution.run, after, execution.anchor))
 
     async def memory(self, job: str) -> Mapping[str, str]:
         return await self._ledger.store.memory(job)
@@ -247,12 +281,23 @@ class Runs:
                 nominal = timetable.next(state.cursor)
         self.schedule(entry, nominal, None if nominal is None or timetable is None else timetable.due(nominal))
 
+    def look_again(self, job: str) -> None:
+        """The same, in a while: something went wrong."""
+        entry = self._ledger.entries.get(job)
+        if entry is not None and entry.due is None and not self.closing:
+            self._alarm.set(entry, self.wall() + round(LOOK_AGAIN * 1e6))
+
     def room_for_waiting(self, entry: Entry) -> None:
         """Runs that wait may start now, if there are any."""
         state = entry.state
-        if (state.waiting or state.backfills) and entry.unbound is None and not self._closing and startable(state):
+        if (state.waiting or state.backfills) and entry.unbound is None and not self.closing and startable(state):
             self._chores[entry.id, "start"] = lambda: self._start_waiting(entry)
             self._chore.set()
+
+    def room_in(self, job: str) -> None:
+        """The same, by the job's id."""
+        if (entry := self._ledger.entries.get(job)) is not None:
+            self.room_for_waiting(entry)
 
     def cancel_elsewhere(self, entry: Entry, besides: Sequence[Run]) -> None:
         """A new run takes the place of all others: those that wait, and those of other processes."""
@@ -271,8 +316,9 @@ class Runs:
             for key, chore in chores.items():
                 try:
                     await chore()
-                except StoreError as error:
-                    logger.warning("job %r: waiting runs could not be looked up: %s", key[0], error)
+                except Exception as error:
+                    expected = isinstance(error, StoreError)
+                    logger.warning("job %r: waiting runs were not looked up: %s", key[0], error, exc_info=not expected)
                     asyncio.get_running_loop().call_later(1.0, self._put_back, key, chore)
 
     def _put_back(self, key: tuple[str, str], chore: Callable[[], Any]) -> None:

@@ -22,16 +22,8 @@ import msgspec
 from kapsl_scheduler.core.definition import Adapters, encode_job, frozen_request
 from kapsl_scheduler.core.firing import Timetable
 from kapsl_scheduler.core.jobs import MAX_ID, CronJob, micros, moment
-from kapsl_scheduler.core.runs import SCHEDULE, RunState
-from kapsl_scheduler.errors import (
-    CronError,
-    DuplicateId,
-    EngineError,
-    InvalidExpression,
-    InvalidJob,
-    NotFound,
-    StoreError,
-)
+from kapsl_scheduler.core.runs import SCHEDULE, Run, RunState
+from kapsl_scheduler.errors import CronError, DuplicateId, EngineError, InvalidExpression, InvalidJob, NotFound
 from kapsl_scheduler.packages.manifest import CronJobDef, Manifest
 from kapsl_scheduler.ports import CronTarget, JobStore, RunQuery, is_source
 from kapsl_scheduler.runtime.cron_alarm import Alarm
@@ -119,7 +111,7 @@ class CronScheduler:
         self._asking = asyncio.Lock()  # held while a trigger is looked up that may have been asked for before
         self._services: list[asyncio.Task[None]] = []
         self._phase = "not entered"
-        self._closed = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<CronScheduler {self._phase}: {len(self._ledger.entries)} jobs, {self._runs.running} running>"
@@ -165,25 +157,36 @@ class CronScheduler:
         """
         if self._phase in ("not entered", "closed"):
             return
-        if self._phase == "closing":
-            await self._closed.wait()
+        if self._phase == "opening":
+            raise CronError("the cron scheduler is opening")
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
             return
         self._phase = "closing"
+        ending = self._ending = asyncio.create_task(self._end(drain), name="cron end")
+        cut: asyncio.CancelledError | None = None
+        while not ending.done():
+            try:
+                await asyncio.shield(ending)
+            except asyncio.CancelledError as error:
+                cut = error
+                self._runs.hurry()
+        if cut is not None:
+            raise cut
+
+    async def _end(self, drain: float) -> None:
+        """Nobody who waits for it can stop it."""
         self._services[-1].cancel()  # nothing more is fired
         try:
             await self._runs.drain(drain)
+            await self._stop()
         finally:
-            try:
-                await self._stop()
-            finally:
-                self._phase = "closed"
-                self._closed.set()
+            self._phase = "closed"
 
     async def _stop(self) -> None:
         """Write what is left, end the services, let go of the store."""
         settled = True
         try:
-            await self._ledger.settle()
             async with asyncio.timeout(LAST_WRITES):
                 await self._ledger.settled()
         except TimeoutError:
@@ -192,11 +195,12 @@ class CronScheduler:
         for task in self._services:
             task.cancel()
         await asyncio.gather(*self._services, return_exceptions=True)
+        self._ledger.close(CronError("the cron scheduler is closed"))
         self._events.close()
         try:
             if settled:
                 await self._ledger.store.forget(self._runs.owner)
-        except StoreError as error:
+        except Exception as error:
             logger.warning("the store of the cron jobs was not told of the end: %s", error)
         finally:
             await self._ledger.store.close()
@@ -225,7 +229,7 @@ class CronScheduler:
             raise DuplicateId(f"a job {checked.id!r} is registered already: update it, or unregister it first")
         self._registered.add(checked.id)
         try:
-            await self._ledger.do(Define(self._runs, checked, definition, refuse=on_conflict == "error"))
+            await self._ledger.do(Define(self._runs, checked, definition, refuse=_refuses(on_conflict)))
         except BaseException:
             self._registered.discard(checked.id)
             raise
@@ -234,14 +238,14 @@ class CronScheduler:
         """Start several jobs or none of them. Raises what `register` raises; an `InvalidJob` names the faults of
         all."""
         self._check_open()
-        await self._register_all(jobs, refuse=on_conflict == "error")
+        await self._register_all(jobs, refuse=_refuses(on_conflict))
 
     async def _register_all(
         self, jobs: Iterable[CronJob], *, refuse: bool = False, own: Set[str] = frozenset()
     ) -> None:
         """`own` are ids that may be registered already: those jobs are updated."""
         faults: list[str] = []
-        checked: dict[str, tuple[CronJob, bytes]] = {}
+        checked: dict[str, Define] = {}
         for job in jobs:
             try:
                 ready, definition = self._checked(job)
@@ -250,25 +254,24 @@ class CronScheduler:
                 continue
             if ready.id in checked or (ready.id in self._registered and ready.id not in own):
                 raise DuplicateId(f"a job {ready.id!r} is registered already: update it, or unregister it first")
-            if self._never_fires(ready, definition):
-                faults.append(f"job {ready.id!r}: schedule: it never fires from now on")
-            checked[ready.id] = ready, definition
+            intent = checked[ready.id] = Define(self._runs, ready, definition, refuse=refuse)
+            try:
+                intent.decide(self._ledger.entries.get(ready.id))
+            except InvalidJob as error:
+                faults.append(str(error))
         if faults:
             raise InvalidJob(faults)
         known = set(self._ledger.entries)
         fresh = checked.keys() - self._registered
         self._registered.update(fresh)
-        futures = [
-            self._ledger.do(Define(self._runs, job, definition, refuse=refuse)) for job, definition in checked.values()
-        ]
-        outcomes = await asyncio.gather(*futures, return_exceptions=True)
-        wrong = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        if wrong:
+        try:
+            await self._ledger.do_all(list(checked.values()))
+        except BaseException:
+            self._registered.difference_update(fresh)
             for id in fresh:
-                self._registered.discard(id)
                 if id not in known and id in self._ledger.entries:
                     await self._remove(id, cancel=True)
-            raise wrong[0]
+            raise
 
     async def update(self, job: CronJob) -> CronJobInfo:
         """Put another definition in the place of a job's, keeping its counters and the phase of its interval. What runs
@@ -276,8 +279,6 @@ class CronScheduler:
         self._check_open()
         self._entry(job.id)
         checked, definition = self._checked(job)
-        if self._never_fires(checked, definition):
-            raise InvalidJob(["schedule: it never fires from now on"], checked.id)
         self._registered.add(checked.id)
         await self._ledger.do(Define(self._runs, checked, definition))
         return self._info(self._entry(checked.id))
@@ -291,18 +292,20 @@ class CronScheduler:
         return await self._remove(id, cancel=cancel)
 
     async def _remove(self, id: str, *, cancel: bool) -> bool:
-        while True:
+        while (entry := self._ledger.entries.get(id)) is not None:
+            version = entry.version
             open_runs = await self._ledger.store.runs(
                 RunQuery(job=id, states=(RunState.PENDING, RunState.RUNNING), limit=1_000_000)
             )
             current = [run for run in open_runs if not run.detached]
             try:
-                done = await self._ledger.do(Remove(self._runs, id, current, cancel=cancel))
+                done = await self._ledger.do(Remove(self._runs, id, current, version, cancel=cancel))
             except NotFound:
-                return False
+                break
             if done:
                 self._registered.discard(id)
                 return True
+        return False
 
     async def register_from_def(
         self, definition: CronJobDef, *, model: str | None = None, package: str | None = None
@@ -378,13 +381,6 @@ class CronScheduler:
             return str(error)
         return None
 
-    def _never_fires(self, job: CronJob, definition: bytes) -> bool:
-        """Whether the job is new, or has another definition than before, and will not fire from now on."""
-        entry, now = self._ledger.entries.get(job.id), self._wall()
-        if entry is not None and (entry.definition == definition or _same_times(entry.job, job)):
-            return False
-        return Timetable.of(job, now if entry is None else entry.state.anchor).next(now) is None
-
     def _checked(self, job: CronJob) -> tuple[CronJob, bytes]:
         """The job as it will fire, and as it is stored. What it refers to by name is there."""
         checked = job.check(allow_latency_critical=self._allow_critical)
@@ -393,16 +389,15 @@ class CronScheduler:
                 raise InvalidJob(["model: expected the name of a model, got None"], checked.id)
         elif checked.model is not None:
             raise InvalidJob(["model: there is but one model here; leave it out"], checked.id)
-        self._bindings.learn(checked)
-        if checked.package is not None:
-            self._bindings.packages.add(checked.package)
-        bound, missing = self._bindings.bind(checked)
+        bound, missing = self._bindings.bind(checked, loaded=checked.package)
         if missing:
             raise InvalidJob(missing, checked.id)
         request = bound.request
         if not callable(request) and not is_source(request):
             bound = msgspec.structs.replace(bound, request=frozen_request(request))
-        return bound, encode_job(checked)
+        definition = encode_job(checked)
+        self._bindings.learn(checked)
+        return bound, definition
 
     # ---------------------------------------------------------------------------------- looking after jobs
 
@@ -427,13 +422,14 @@ class CronScheduler:
         for a job that cannot run here and for an origin that cannot be."""
         self._check_open()
         self._entry(id)
-        if origin is None:
-            return run_view(await self._ledger.do(Trigger(self._runs, id, None)))
-        _check_origin(id, origin)
-        async with self._asking:  # a run is named by its moment too: the store alone would take a second one
-            if asked := await self._ledger.store.runs(RunQuery(job=id, origin=origin, limit=1)):
-                return self._runs.view(asked[0])
-            return run_view(await self._ledger.do(Trigger(self._runs, id, origin)))
+        name = _origin(id, origin, "trigger")
+        while True:
+            version = self._entry(id).version
+            found = await self._asked_before(id, origin)
+            if found is None:
+                found = await self._ledger.do(Trigger(self._runs, id, name, None if origin is None else version))
+            if found is not None:
+                return run_view(found)
 
     async def backfill(
         self, id: str, start: dt.datetime, end: dt.datetime, *, concurrency: int = 1, origin: str | None = None
@@ -443,8 +439,6 @@ class CronScheduler:
         before). Raises `NotFound`, `InvalidJob` for a range without occurrences, or with more than 10,000."""
         self._check_open()
         self._entry(id)
-        if origin is not None:
-            _check_origin(id, origin)
         faults = [
             f"backfill.{name}: expected a datetime with a time zone, got {value!r}"
             for name, value in (("start", start), ("end", end))
@@ -454,10 +448,22 @@ class CronScheduler:
             faults.append(f"backfill.concurrency: expected an integer of 1 or more, got {concurrency!r}")
         if faults:
             raise InvalidJob(faults, id)
-        found: tuple[str, int] = await self._ledger.do(
-            Fill(self._runs, id, micros(start), micros(end), concurrency, origin)
-        )
-        return found
+        name = _origin(id, origin, "backfill")
+        while True:
+            version = self._entry(id).version
+            if await self._asked_before(id, origin) is not None:
+                return name, 0
+            seen = None if origin is None else version
+            number = await self._ledger.do(Fill(self._runs, id, micros(start), micros(end), concurrency, name, seen))
+            if number is not None:
+                return name, number
+
+    async def _asked_before(self, id: str, origin: str | None) -> Run | None:
+        """A run of the job that was asked for under this name."""
+        if origin is None:
+            return None
+        found = await self._ledger.store.runs(RunQuery(job=id, origin=origin, limit=1))
+        return found[0] if found else None
 
     def preview(self, id: str, n: int = 5) -> list[dt.datetime]:
         """When the job is due next, at most `n` times: as scheduled, whether or not it is paused. Raises `NotFound`."""
@@ -599,14 +605,19 @@ class CronScheduler:
         self._registered.discard(entry.id)
 
 
-def _check_origin(job: str, origin: str) -> None:
+def _refuses(on_conflict: str) -> bool:
+    if on_conflict not in ("update", "error"):
+        raise ValueError(f"on_conflict: expected 'update' or 'error', got {on_conflict!r}")
+    return on_conflict == "error"
+
+
+def _origin(job: str, origin: str | None, kind: str) -> str:
+    if origin is None:
+        return f"{kind}-{uuid.uuid4().hex}"
     if origin == SCHEDULE or not origin.strip() or len(origin) > MAX_ID or not origin.isprintable():
         expected = f"expected 1 to {MAX_ID} printable characters other than {SCHEDULE!r}"
         raise InvalidJob([f"origin: {expected}, got {reprlib.repr(origin)}"], job)
-
-
-def _same_times(before: CronJob | None, job: CronJob) -> bool:
-    return before is not None and before.schedule == job.schedule and before.firing == job.firing
+    return origin
 
 
 def _must_not_end(task: asyncio.Task[None]) -> None:

@@ -64,7 +64,6 @@ async def numbered(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[S
 class StreamHost(Protocol):
     """The execution that the stream belongs to."""
 
-    requests: int
     done: float | None
 
     def add(self, request: Any, response: InferenceResponse | None, rows: int = ...) -> None: ...
@@ -74,11 +73,12 @@ class StreamHost(Protocol):
 
 
 class Stream:
-    """Sends items and hands on what becomes of them. A bad item harms only itself: `failed` counts them, and the first
-    error is kept with its key. `refused` is why the first request, and with it the firing, found no room. `kept` has
-    the answers in order, None for what failed, where they are to be kept."""
+    """Sends items and hands on what becomes of them. A bad item harms only itself: of `requests` it counts the `failed`
+    ones, and the first error is kept with its key. `refused` is why the first request, and with it the firing, found no
+    room. `kept` has the answers in order, None for what failed, where they are to be kept."""
 
     def __init__(self, host: StreamHost, firing: Firing, sink: Any, most: int, *, keep: bool) -> None:
+        self.requests = 0
         self.failed = 0
         self.first_error: Exception | None = None
         self.first_key = ""
@@ -137,12 +137,13 @@ class Stream:
             await self._settle(item, None, item.error)
             return True
         try:
-            response = await self._host.infer(item.request)
-        except Overloaded as error:
-            if not error.evicted:
-                self.refused = error
-                return False
-            response = await self._send(item.request)
+            try:
+                response = await self._host.infer(item.request)
+            except Overloaded as error:
+                if not error.evicted:
+                    self.refused = error
+                    return False
+                response = await self._send(item.request)
         except _THE_ITEMS_OWN as error:
             await self._settle(item, None, error)
             return True
@@ -170,13 +171,14 @@ class Stream:
 
     async def _settle(self, item: SourceItem, response: InferenceResponse | None, error: Exception | None) -> None:
         host = self._host
+        self.requests += 1
         host.add(item.request, response, row_count(item.request))
         host.done = item.progress
         if error is not None:
             self.failed += 1
             if self.first_error is None:
                 self.first_error, self.first_key = error, item.key
-            if self.failed >= HOPELESS and self.failed == host.requests and not isinstance(error, InvalidInput):
+            if self.failed >= HOPELESS and self.failed == self.requests and not isinstance(error, InvalidInput):
                 raise error
         if self._keep:
             self.kept.append(response)

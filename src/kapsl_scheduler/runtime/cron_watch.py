@@ -44,27 +44,36 @@ class Watch:
         self._unknown: set[tuple[str, int, str]] = set()
 
     async def serve(self) -> None:
-        """Until cancelled. An instant store is this process's own: there only the history is looked after."""
+        """Until cancelled. An instant store is this process's own: once whoever fell over before it is buried, only the
+        history is looked after."""
         loop = asyncio.get_running_loop()
-        beat = math.inf if self._store.instant else 0.0
+        beat = 0.0
         prune = loop.time() + AGE_EVERY
+        failing = False
         while True:
             try:
                 if loop.time() >= beat:
-                    await self.look()
-                    beat = loop.time() + self._lease / BEATS
+                    alone = await self.look()
+                    beat = math.inf if alone and self._store.instant else loop.time() + self._lease / BEATS
                 if self._runs.history_grows.is_set() or loop.time() >= prune:
                     await self.prune()
                     prune = loop.time() + AGE_EVERY
-            except StoreError as error:
-                logger.warning("the store of the cron jobs was not looked after: %s", error)
-                beat = loop.time() + self._lease / BEATS
+                if failing:
+                    logger.warning("the store of the cron jobs is looked after again")
+                failing = False
+            except Exception as error:
+                if not failing:
+                    expected = isinstance(error, StoreError)
+                    logger.warning("the store of the cron jobs was not looked after: %s", error, exc_info=not expected)
+                failing = True
+                prune = loop.time() + self._lease / BEATS
+                beat = prune if beat <= prune else beat  # never, where there is nobody to hear it
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(min(beat, prune)):
                     await self._runs.history_grows.wait()
 
-    async def look(self) -> None:
-        """One heartbeat, and what others have done since the last."""
+    async def look(self) -> bool:
+        """One heartbeat, and what others have done since the last. Returns whether there are no others."""
         await self._store.beat(self._runs.owner)
         await self._ledger.read_changes()
         beats = await self._store.beats()
@@ -74,9 +83,10 @@ class Watch:
             for owner, count in beats.items()
         }
         for owner, (_, since) in self._seen.items():
-            if owner != self._runs.owner and now - since >= self._lease:
+            if owner != self._runs.owner and (now - since >= self._lease or self._store.instant):
                 await self._bury(owner)
         await self._check_own()
+        return self._seen.keys() <= {self._runs.owner}
 
     async def _bury(self, owner: str) -> None:
         """Its runs are nobody's any more."""
@@ -104,7 +114,7 @@ class Watch:
         }
         after = {execution.run.key for execution in self._runs.everyone()}
         for key, execution in before.items():
-            if key not in ours and key in after and not execution.recording:
+            if key not in ours and key in after and not (execution.recording or execution.discarded):
                 logger.warning("job %r: another process has taken over a run of this one", key[0])
                 execution.discard("taken over")
         unknown = {key for key in ours if key not in before and key not in after}

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final, TypeVar
 
 __all__ = ["call", "in_thread", "taken_in_thread"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -37,8 +40,9 @@ def in_thread(function: Callable[..., T], *words: Any) -> asyncio.Future[T]:
             return
         if error is None:
             future.set_result(result)
-        elif isinstance(error, StopIteration):  # which a future cannot carry
-            future.set_exception(RuntimeError(f"{function!r} raised StopIteration"))
+        elif isinstance(error, StopIteration) or not isinstance(error, Exception):
+            # Which a future cannot carry; or what would end the loop, or cancel who waits.
+            future.set_exception(RuntimeError(f"{function!r} raised {error!r}"))
         else:
             future.set_exception(error)
 
@@ -113,4 +117,9 @@ def _take(items: Iterator[T]) -> tuple[list[T], bool, Exception | None]:
 def _close_in_thread(items: Iterator[Any]) -> None:
     close = getattr(items, "close", None)
     if close is not None:
-        threading.Thread(target=close, name="kapsl-call-close", daemon=True).start()
+        in_thread(close).add_done_callback(_log_error)
+
+
+def _log_error(closed: asyncio.Future[Any]) -> None:
+    if not closed.cancelled() and (error := closed.exception()) is not None:
+        logger.warning("an iterator of requests could not be closed: %s: %s", type(error).__name__, error)

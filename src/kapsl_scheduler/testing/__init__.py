@@ -1,4 +1,4 @@
-"""For tests, ours and yours: virtual time, fake engines and the faults that they are to have.
+"""For tests, ours and yours: virtual time, a wall clock to be set, fake engines and the faults that they are to have.
 
 Nothing here needs more than the base install, but for `kapsl_scheduler.testing.strategies` (hypothesis).
 """
@@ -6,6 +6,7 @@ Nothing here needs more than the base install, but for `kapsl_scheduler.testing.
 from kapsl_scheduler.testing.engines import FAKE_INFO, FakeAsyncEngine, FakeCall, FakeEngine, spin
 from kapsl_scheduler.testing.faults import Fault, FaultPlan
 from kapsl_scheduler.testing.virtual_time import DeadlockError, VirtualClock, VirtualTimeLoop, run_virtual
+from kapsl_scheduler.testing.wall_clock import WallClock
 
 __all__ = [
     "FAKE_INFO",
@@ -17,6 +18,7 @@ __all__ = [
     "FaultPlan",
     "VirtualClock",
     "VirtualTimeLoop",
+    "WallClock",
     "run_virtual",
     "spin",
 ]

@@ -2,7 +2,7 @@
 
 The loop never waits for the wall clock: when nothing is ready, its time jumps to the next timer. When there
 is no timer either, nothing can ever happen again and the loop says so instead of hanging. What is not here:
-virtual wall time, and any simulation of threads; work of other threads is waited for only as long as
+wall time (`testing.wall_clock`), and any simulation of threads; work of other threads is waited for only as long as
 `patience` allows.
 """
 

@@ -1,0 +1,431 @@
+"""Firings of many requests: bounded, in order, with a sink and checkpoints, and what goes wrong with them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from kapsl_scheduler import CronRun, Firing, InferenceError, InvalidInput, OnInterrupt, RunPolicy, Unavailable
+from kapsl_scheduler.ports import SinkItem, SourceItem
+from kapsl_scheduler.stores.memory import MemoryStore
+from kapsl_scheduler.testing import WallClock
+from tests.runtime.cron import Target, X, a_job, counts, cron_over, next_event, run_ended
+from tests.runtime.helpers import until_async
+from tests.runtime.virtual import virtual, with_threads
+
+DAY = 86_400
+
+
+class Rows(msgspec.Struct, frozen=True, tag="rows"):
+    """Numbers up to a limit, behind those that are remembered; `bad` ones cannot be read."""
+
+    upto: int = 5
+    bad: tuple[int, ...] = ()
+    breaks_at: int | None = None
+
+    def items(self, firing: Firing, memory: Mapping[str, str]) -> Iterator[SourceItem]:
+        for number in range(int(memory.get("next", "0")), self.upto):
+            if number == self.breaks_at:
+                raise OSError("the disk is gone")
+            error = ValueError("not a row") if number in self.bad else None
+            request = None if error else X * number
+            marks = {"next": str(number + 1)}
+            yield SourceItem(request, f"row{number}", marks, error, (number + 1) / self.upto)
+
+
+class Kept:
+    """What a sink has been given, for good and otherwise, by all its writers."""
+
+    def __init__(self) -> None:
+        self.flushed: list[str] = []
+        self.errors: dict[str, str] = {}
+        self.opened: list[dict[str, str]] = []
+        self.closed = 0
+        self.threads: set[int] = set()
+        self.fails: dict[str, Exception] = {}
+        self.hangs: threading.Event | None = None
+        self.batches: list[int] = []
+
+
+KEPT = Kept()
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    KEPT.__init__()  # type: ignore[misc]
+
+
+class Writer:
+    def __init__(self) -> None:
+        self._items: list[str] = []
+
+    def write(self, items: Sequence[SinkItem]) -> None:
+        KEPT.threads.add(threading.get_ident())
+        KEPT.batches.append(len(items))
+        if KEPT.hangs is not None:
+            KEPT.hangs.wait()
+        if "write" in KEPT.fails:
+            raise KEPT.fails["write"]
+        self._items += [item.key for item in items]
+        KEPT.errors |= {item.key: str(item.error) for item in items if item.error is not None}
+
+    def flush(self) -> Mapping[str, str | None]:
+        if "flush" in KEPT.fails:
+            raise KEPT.fails["flush"]
+        KEPT.flushed += self._items
+        self._items = []
+        return {"size": str(len(KEPT.flushed)), "old": None}
+
+    def close(self) -> None:
+        KEPT.closed += 1
+
+
+class Lines(msgspec.Struct, frozen=True, tag="lines"):
+    def open(self, firing: Firing, memory: Mapping[str, str]) -> Writer:
+        if "open" in KEPT.fails:
+            raise KEPT.fails["open"]
+        KEPT.opened.append(dict(memory))
+        return Writer()
+
+
+def keys(*numbers: int) -> list[str]:
+    return [f"row{number}" for number in numbers]
+
+
+def adapters(kind: str, settings: Mapping[str, Any]) -> Any:
+    return msgspec.convert(settings, {"source": Rows, "sink": Lines}[kind])
+
+
+def outcome(run: CronRun) -> tuple[str, str]:
+    return run.state.value, run.reason
+
+
+def job(source: Rows | None = None, **fields: Any) -> Any:
+    return a_job(schedule=DAY, request=source or Rows(), sink=Lines(), **fields)
+
+
+# ------------------------------------------------------------------------------------------- the way of it
+
+
+@pytest.mark.slow
+@with_threads
+async def test_from_a_source_to_a_sink_in_order() -> None:
+    target, heard = Target(does=lambda number: 1.0 / number), []
+
+    async def on_result(id: str, result: Any) -> None:
+        heard.append(result)
+
+    store = MemoryStore()
+    async with cron_over(target, store=store) as cron:
+        await cron.register(job(Rows(10), on_result=on_result, run=RunPolicy(max_in_flight=4)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.requests, run.rows) == (("succeeded", ""), 10, 10)
+        assert await store.memory("job") == {"next": "10", "size": "10"}
+        await until_async(lambda: KEPT.closed)
+        run = await run_ended(cron)  # there is nothing more
+        assert outcome(run) == ("succeeded", "nothing to do")
+    assert KEPT.flushed == keys(*range(10))  # though the later ones were answered earlier
+    assert KEPT.opened == [{}, {"next": "10", "size": "10"}]
+    assert threading.get_ident() not in KEPT.threads
+    assert target.most == 4
+    assert heard == [None, None]
+
+
+@virtual
+async def test_answers_go_to_a_plain_sink_in_batches() -> None:
+    batches: list[list[SinkItem]] = []
+
+    async def sink(items: list[SinkItem]) -> None:
+        batches.append(list(items))
+
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        for number in range(600):
+            yield X * number
+
+    async with cron_over() as cron:
+        await cron.register(a_job(schedule=DAY, request=make, sink=sink))
+        await cron.register(a_job("one", schedule=DAY, request=X, sink=sink))
+        assert (await run_ended(cron)).requests == 600
+        assert [len(batch) for batch in batches] == [256, 256, 88]
+        assert [item.key for batch in batches for item in batch] == [str(number) for number in range(600)]
+        assert (await run_ended(cron, "one")).requests == 1
+        assert batches[-1][0].response is not None
+
+        async def single(firing: Firing) -> Any:
+            return X
+
+        await cron.update(a_job("one", schedule=DAY, request=single, sink=sink))
+        assert (await run_ended(cron, "one")).requests == 1
+        assert len(batches) == 5
+
+
+@virtual
+async def test_however_long_the_stream_what_is_on_its_way_is_bounded() -> None:
+    made = 0
+    target = Target(seconds=1.0)
+
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        nonlocal made
+        for _ in range(1000):
+            made += 1
+            yield X
+
+    async with cron_over(target) as cron:
+        await cron.register(a_job(schedule=DAY, request=make, run=RunPolicy(max_in_flight=7)))
+        await cron.trigger("job")
+        await asyncio.sleep(10.5)
+        assert made <= 1 + 7 * 10 + 7
+        (run,) = await cron.runs("job")
+        assert 60 <= run.requests <= made
+        await cron.close(drain=0)
+    assert target.most == 7
+    assert target.in_flight == 0
+
+
+@pytest.mark.slow
+@with_threads
+async def test_checkpoints_say_how_far_it_is() -> None:
+    store, target = MemoryStore(), Target(seconds=1.0)
+    async with cron_over(target, store=store) as cron:
+        await cron.register(job(Rows(6), run=RunPolicy(max_in_flight=1)))
+        run = await cron.trigger("job")
+        await asyncio.sleep(3.5)
+        shown = await cron.run(run.number)
+        assert shown.progress is not None
+        assert 0 < shown.progress < 1
+        remembered = int((await store.memory("job"))["next"])
+        assert 1 <= remembered <= len(target.calls)
+        assert KEPT.flushed == keys(*range(remembered))
+        await asyncio.sleep(3)
+        assert KEPT.flushed == keys(*range(6))
+
+
+# -------------------------------------------------------------------------------------------- what goes wrong
+
+
+@with_threads
+async def test_a_bad_item_harms_only_itself() -> None:
+    target = Target(does=lambda number: InvalidInput("shape") if number == 2 else 0.0)
+    async with cron_over(target) as cron:
+        await cron.register(job(Rows(6, bad=(0, 3)), run=RunPolicy(max_in_flight=1)))
+        run = await run_ended(cron)
+        assert outcome(run) == ("failed", "error")
+        assert run.error == "PartlyFailed: 3 of 6 requests failed, the first (row0): ValueError: not a row"
+        assert (run.requests, run.failed_requests) == (6, 3)
+    assert KEPT.flushed == keys(*range(6))
+    assert KEPT.errors == {"row0": "not a row", "row2": "shape", "row3": "not a row"}
+    assert len(target.calls) == 4
+
+
+@virtual
+async def test_a_first_item_that_the_model_refuses_harms_only_itself() -> None:
+    async def make(firing: Firing) -> list[Any]:
+        return [X, X * 2]
+
+    heard: list[Any] = []
+
+    async def on_result(id: str, result: Any) -> None:
+        heard.append(result)
+
+    async with cron_over(Target(does=lambda number: InferenceError("no") if number == 1 else 0.0)) as cron:
+        await cron.register(a_job(schedule=DAY, request=make, on_result=on_result))
+        run = await run_ended(cron)
+        assert (outcome(run), run.requests, run.failed_requests) == (("failed", "inference_error"), 2, 1)
+    assert type(heard[0]).__name__ == "PartlyFailed"
+    assert isinstance(heard[0].__cause__, InferenceError)
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+@virtual
+async def test_a_model_that_answers_nothing_is_given_up(attempts: int) -> None:
+    target = Target(does=lambda number: InferenceError("no"))
+
+    async def make(firing: Firing) -> list[Any]:
+        return [X] * 500
+
+    async with cron_over(target) as cron:
+        await cron.register(a_job(schedule=DAY, request=make, run=RunPolicy(attempts=attempts, max_in_flight=1)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.failed_requests) == (("failed", "inference_error"), 100 * attempts)
+    assert len(target.calls) == 100 * attempts
+
+
+@virtual
+async def test_bad_requests_are_no_reason_to_give_up() -> None:
+    async def make(firing: Firing) -> list[Any]:
+        return [X] * 300
+
+    async with cron_over(Target(does=lambda number: InvalidInput("no"))) as cron:
+        await cron.register(a_job(schedule=DAY, request=make))
+        run = await run_ended(cron)
+        assert (run.requests, run.failed_requests) == (300, 300)
+
+
+@virtual
+async def test_a_model_that_is_gone_ends_the_attempt_and_the_next_sends_the_rest() -> None:
+    target = Target(does=lambda number: Unavailable("gone") if number == 3 else 0.0)
+
+    async def make(firing: Firing) -> list[Any]:
+        return [X * number for number in range(4)]
+
+    async with cron_over(target) as cron:
+        await cron.register(a_job(schedule=DAY, request=make, run=RunPolicy(attempts=2, max_in_flight=1)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.attempt) == (("succeeded", ""), 2)
+    assert target.in_flight == 0
+
+
+@with_threads
+async def test_a_source_that_breaks_fails_the_run_and_keeps_what_was_done() -> None:
+    store = MemoryStore()
+    async with cron_over(store=store) as cron:
+        await cron.register(job(Rows(5, breaks_at=3), run=RunPolicy(max_in_flight=1)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.error) == (("failed", "error"), "OSError: the disk is gone")
+        assert KEPT.flushed == keys(*range(int((await store.memory("job"))["next"])))
+        await cron.update(job(Rows(5)))
+        assert outcome(await run_ended(cron)) == ("succeeded", "")
+    assert KEPT.flushed == keys(*range(5))
+
+
+@pytest.mark.parametrize("place", ["open", "write", "flush"])
+@with_threads
+async def test_a_sink_that_fails_fails_the_run_and_nothing_is_remembered_that_it_may_have_lost(place: str) -> None:
+    KEPT.fails[place] = OSError("disk full")
+    store = MemoryStore()
+    async with cron_over(store=store) as cron:
+        await cron.register(job(Rows(5)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.error) == (("failed", "error"), "OSError: disk full")
+        assert "next" not in await store.memory("job")
+        KEPT.fails.clear()
+        assert outcome(await run_ended(cron)) == ("succeeded", "")
+        await until_async(lambda: KEPT.closed == 2 - (place == "open"))
+    assert KEPT.flushed == keys(*range(5))
+
+
+@virtual
+async def test_a_plain_sink_that_raises_fails_the_run() -> None:
+    async def sink(items: Any) -> None:
+        raise OSError("no room")
+
+    async with cron_over() as cron:
+        await cron.register(a_job(schedule=DAY, sink=sink))
+        run = await run_ended(cron)
+        assert (outcome(run), run.error) == (("failed", "error"), "OSError: no room")
+
+
+@with_threads
+async def test_a_timeout_in_the_middle_leaves_the_rest_to_the_next_firing() -> None:
+    store, target = MemoryStore(), Target(does=lambda number: None if number == 4 else 0.0)
+    async with cron_over(target, store=store) as cron:
+        await cron.register(job(Rows(6), run=RunPolicy(max_in_flight=1, timeout=50)))
+        run = await run_ended(cron)
+        assert outcome(run) == ("failed", "timeout")
+        assert (await store.memory("job"))["next"] == "3"
+        assert KEPT.flushed == keys(0, 1, 2)
+        run = await run_ended(cron)
+        assert (outcome(run), run.requests) == (("succeeded", ""), 3)
+    assert KEPT.flushed == keys(*range(6))
+    assert target.cancelled == 1
+
+
+@with_threads
+async def test_a_sink_that_hangs_costs_the_run_its_timeout_and_half_a_second() -> None:
+    KEPT.hangs = threading.Event()
+    async with cron_over() as cron:
+        await cron.register(job(run=RunPolicy(timeout=1)))
+        run = await run_ended(cron)
+        assert outcome(run) == ("failed", "timeout")
+        assert run.duration == 1.5
+        KEPT.hangs.set()
+        await until_async(lambda: KEPT.closed)
+
+
+@virtual
+async def test_a_stream_that_is_cancelled_takes_everything_back() -> None:
+    closed = []
+
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        try:
+            while True:
+                yield X
+        finally:
+            closed.append(True)
+
+    target = Target(does=lambda number: 0.0 if number == 1 else None)
+    async with cron_over(target) as cron:
+        await cron.register(a_job(schedule=DAY, request=make, run=RunPolicy(timeout=5)))
+        run = await run_ended(cron)
+        assert outcome(run) == ("failed", "timeout")
+        assert (target.in_flight, target.cancelled, closed) == (0, 64, [True])
+
+
+@with_threads
+async def test_an_interrupted_stream_goes_on_where_it_was_in_the_next_process() -> None:
+    store, clock = MemoryStore(), WallClock()
+    target = Target(does=lambda number: None if number == 4 else 0.0)
+    running = RunPolicy(max_in_flight=1, on_interrupt=OnInterrupt.RESUME)
+    async with cron_over(target, store=store, clock=clock, adapters=adapters) as cron:
+        await cron.register(job(Rows(6), run=running))
+        await cron.trigger("job")
+        await until_async(lambda: len(target.calls) == 4)
+        await cron.close(drain=0)
+        assert await counts(cron) == {"pending": 1}
+    assert KEPT.flushed == keys(0, 1, 2)
+    async with cron_over(target, store=store, clock=clock, adapters=adapters) as cron:
+        event = await next_event(cron.events(), "ended")
+        assert event.run is not None
+        assert (outcome(event.run), event.run.attempt, event.run.requests) == (("succeeded", ""), 2, 6)
+        assert await counts(cron) == {"succeeded": 1}
+        info = await cron.job_info("job")
+        assert info is not None
+        assert info.fired_count == 1
+    assert KEPT.flushed == keys(*range(6))
+
+
+@virtual
+async def test_a_generator_that_cannot_be_closed_is_told_of() -> None:
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        yield X
+        raise KeyError("half way")
+
+    async with cron_over() as cron:
+        await cron.register(a_job(schedule=DAY, request=make))
+        run = await run_ended(cron)
+        assert (outcome(run), run.error, run.requests) == (("failed", "error"), "KeyError: 'half way'", 1)
+
+
+@with_threads
+async def test_an_iterator_that_cannot_be_closed_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd:
+        def __iter__(self) -> Odd:
+            return self
+
+        def __next__(self) -> Any:
+            raise StopIteration
+
+        def close(self) -> None:
+            raise OSError("it sticks")
+
+    async with cron_over() as cron:
+        await cron.register(a_job(schedule=DAY, request=lambda firing: Odd()))
+        assert outcome(await run_ended(cron)) == ("succeeded", "nothing to do")
+        await until_async(lambda: "could not be closed: OSError: it sticks" in caplog.text)
+
+
+@virtual
+async def test_rows_are_counted_where_requests_have_a_batch_axis() -> None:
+    async def make(firing: Firing) -> list[Any]:
+        return [np.zeros((3, 2)), {"x": np.zeros((4, 2))}, np.zeros(5), 1.5]
+
+    async with cron_over() as cron:
+        await cron.register(a_job(schedule=DAY, request=make))
+        run = await run_ended(cron)
+        assert (run.requests, run.rows, run.input_bytes) == (4, 3 + 4 + 1 + 1, 48 + 64 + 40)

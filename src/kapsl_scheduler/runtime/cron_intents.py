@@ -48,6 +48,7 @@ class IntentHost(Protocol):
     owner: str
     closing: bool
     cutting: bool
+    starting: set[tuple[str, int, str]]
 
     def wall(self) -> int: ...
     def launch(self, entry: Entry, run: Run) -> None: ...
@@ -90,8 +91,8 @@ class _Creating(Intent):
             self._others = others = []
             now = self._host.wall()
             for execution in self._host.executions(self.job):
-                if execution.run.detached or execution.run.limit:
-                    continue  # not this job's any more, or of a backfill, which goes its own way
+                if execution.run.detached or execution.anchor != state.anchor or execution.run.limit:
+                    continue  # of an earlier job of this id, or of a backfill, which goes its own way
                 after = execution.cut(RunState.CANCELLED, "overlap", now)
                 state = booked(state, execution.run, after)
                 draft.updated.append(after)
@@ -250,7 +251,7 @@ class Fill(Intent):
 
 
 class Start(Intent):
-    """A run that waited starts."""
+    """A run that waited starts. It stands in the host's `starting` until this is written, or given up."""
 
     __slots__ = ("_after", "_before", "_host")
 
@@ -262,6 +263,10 @@ class Start(Intent):
         self._host = host
         self._before = run
         self._after = run
+
+    @property
+    def turns(self) -> tuple[Run, Run] | None:
+        return self._before, self._after
 
     def decide(self, draft: Draft) -> None:
         before, state = self._before, draft.state
@@ -284,26 +289,38 @@ class Start(Intent):
         draft.taken_from = ""
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        self._host.starting.discard(self._before.key)
         if entry is not None and self._after.state is RunState.RUNNING:
             self._host.launch(entry, self._after)
             self._host.room_for_waiting(entry)
 
+    def refused(self) -> None:
+        self._host.starting.discard(self._before.key)
+
+    def fail(self, error: Exception) -> None:
+        self._host.starting.discard(self._before.key)
+
 
 class Rescue(Intent):
-    """A run whose process died: interrupted, or resumed here as its next attempt."""
+    """A run whose process died: interrupted, or resumed here as its next attempt. `version` is that of its job before
+    the run was looked up: if it is another by now, the run may have gone on, and is left to the next look."""
 
-    __slots__ = ("_after", "_before", "_host")
+    __slots__ = ("_after", "_before", "_host", "_version")
 
     alone = True
 
-    def __init__(self, host: IntentHost, run: Run) -> None:
+    def __init__(self, host: IntentHost, run: Run, version: int) -> None:
         super().__init__(run.job)
         self._host = host
         self._before = run
         self._after = run
+        self._version = version
 
     def decide(self, draft: Draft) -> None:
         before, entry = self._before, draft.entry
+        self._after = before
+        if draft.expected != self._version:
+            return
         job = None if entry is None or before.detached else entry.job
         if job is None or job.run.on_interrupt is OnInterrupt.RECORD:
             self._after = replace(before, state=RunState.INTERRUPTED, reason="crash", ended=self._host.wall())
@@ -311,6 +328,8 @@ class Rescue(Intent):
             draft.taken_from = before.owner
             if entry is not None and entry.unbound is None:
                 self._after = replace(before, owner=self._host.owner, attempt=before.attempt + 1)
+                if draft.state is not None:
+                    draft.state = replace(draft.state)  # another version: who would take it too comes too late
             else:
                 self._after = replace(before, state=RunState.PENDING, reason="crash", owner="")
         if draft.state is not None and not before.detached:
@@ -318,6 +337,8 @@ class Rescue(Intent):
         draft.updated.append(self._after)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        if self._after is self._before:
+            return
         if self._after.state is RunState.RUNNING and entry is not None:
             self._host.launch(entry, self._after)
         else:
@@ -350,20 +371,26 @@ class Cut(Intent):
 
 
 class Attempt(Intent):
-    """A run is tried again. Says whether it is still ours."""
+    """A run is tried again. Says whether it is still ours. It makes another version of the job: who would take over the
+    run as it was comes too late."""
 
-    __slots__ = ("_after",)
+    __slots__ = ("_after", "_execution")
 
     lasting = True
 
-    def __init__(self, after: Run) -> None:
+    def __init__(self, execution: Execution, after: Run) -> None:
         super().__init__(after.job)
+        self._execution = execution
         self._after = after
 
     def decide(self, draft: Draft) -> None:
+        if draft.state is not None:
+            draft.state = replace(draft.state)
         draft.updated.append(self._after)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
+        execution = self._execution
+        execution.run = replace(self._after, detached=execution.run.detached)
         return True
 
     def refused(self) -> bool:
@@ -377,12 +404,12 @@ class Checkpoint(Attempt):
 
     alone = True
 
-    def __init__(self, after: Run, memory: Mapping[str, str | None]) -> None:
-        super().__init__(after)
+    def __init__(self, execution: Execution, after: Run, memory: Mapping[str, str | None]) -> None:
+        super().__init__(execution, after)
         self._memory = memory
 
     def decide(self, draft: Draft) -> None:
-        super().decide(draft)
+        draft.updated.append(self._after)
         draft.memory = self._memory
         draft.expected = None  # whatever has become of the job
 
@@ -403,6 +430,10 @@ class End(Intent):
         self._anchor = anchor
         self._pauses = False
 
+    @property
+    def turns(self) -> tuple[Run, Run] | None:
+        return self._before, self._after
+
     def decide(self, draft: Draft) -> None:
         state = draft.state
         self._pauses = False
@@ -414,6 +445,10 @@ class End(Intent):
                 self._pauses = True
                 state = replace(state, paused=f"{state.failures} failures in a row")
             draft.state = state
+        elif self._after.state is RunState.PENDING:  # for a job that is gone, nobody would go on with it
+            self._after = replace(
+                self._after, state=RunState.CANCELLED, owner=self._before.owner, ended=self._host.wall()
+            )
         if self._after.owner != self._before.owner:
             draft.taken_from = self._before.owner
         draft.updated.append(self._after)
@@ -428,14 +463,18 @@ class End(Intent):
 
 
 class Define(Intent):
-    """A job as its owner wants it: new, or in place of what is known under its id, with its counters and its phase."""
+    """A job as its owner wants it: new (unless it must be `known`), or in place of what is known under its id, with its
+    counters and its phase."""
 
-    __slots__ = ("_definition", "_host", "_job", "_missed", "_refuse", "_told")
+    __slots__ = ("_definition", "_host", "_job", "_known", "_missed", "_refuse", "_told")
 
     alone = True
 
-    def __init__(self, host: IntentHost, job: CronJob, definition: bytes, *, refuse: bool = False) -> None:
+    def __init__(
+        self, host: IntentHost, job: CronJob, definition: bytes, *, refuse: bool = False, known: bool = False
+    ) -> None:
         super().__init__(job.id)
+        self._known = known
         self._host = host
         self._job = job
         self._definition = definition
@@ -448,6 +487,8 @@ class Define(Intent):
         entry, state = draft.entry, draft.state
         self._missed = draft.created  # it is alone
         if entry is None or state is None:
+            if self._known:
+                raise NotFound(f"no job {self.job!r}")
             self._told = "registered"
             if Timetable.of(self._job, now).next(now) is None:
                 raise InvalidJob(["schedule: it never fires from now on"], self.job)
@@ -456,6 +497,7 @@ class Define(Intent):
             return
         self._told = ""
         if entry.definition == self._definition:
+            draft.state = replace(state)  # as it seems: the store knows
             return
         if self._refuse:
             raise InvalidJob(["id: the store has another job of this id, and on_conflict is 'error'"], self.job)
@@ -501,7 +543,9 @@ class Pause(Intent):
 
     def decide(self, draft: Draft) -> None:
         state = _books(draft, self.job)
-        draft.state = state if state.paused else replace(state, paused=self._reason)
+        draft.state = replace(
+            state, paused=state.paused or self._reason
+        )  # written also where it seems to be so already
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
@@ -526,6 +570,7 @@ class Resume(Intent):
         state = _books(draft, self.job)
         self._missed = ()
         if not state.paused:
+            draft.state = replace(state)  # as it seems: the store knows
             return
         state = replace(state, paused="", failures=0)
         entry = draft.entry

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kapsl_scheduler import CronError, CronScheduler, FiringPolicy, OnInterrupt, Overlap, RunPolicy, StoreError
+from kapsl_scheduler.ports import RunQuery
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.testing import WallClock
 from tests.runtime.cron import FaultyStore, Target, a_job, counts, cron_over, history, run_ended
@@ -99,8 +100,8 @@ async def test_leaving_lets_runs_end_and_fires_no_more() -> None:
 
 @virtual
 async def test_what_takes_longer_is_cancelled() -> None:
-    target = Target(does=lambda number: None)
-    async with cron_over(target) as cron:
+    target, store = Target(does=lambda number: None), MemoryStore()
+    async with cron_over(target, store=store) as cron:
         await cron.register(a_job())
         await cron.register(a_job("resumes", run=RESUME))
         await asyncio.sleep(61)
@@ -108,6 +109,10 @@ async def test_what_takes_longer_is_cancelled() -> None:
     assert await counts(cron) == {"cancelled": 1}
     assert await counts(cron, "resumes") == {"pending": 1}
     assert target.cancelled == 2
+    await store.open()
+    (run,) = await store.runs(RunQuery(job="resumes"))
+    assert (run.state.value, run.owner, run.reason) == ("pending", "", "shutdown")
+    assert await store.beats() == {}
 
 
 @virtual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -11,12 +12,16 @@ import pytest
 from kapsl_scheduler import (
     CronScheduler,
     FiringPolicy,
+    Interval,
     InvalidJob,
+    NotFound,
     OnInterrupt,
     Overlap,
     RunPolicy,
     RunState,
 )
+from kapsl_scheduler.ports import RunQuery
+from kapsl_scheduler.runtime.cron_intents import Rescue
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.testing import WallClock
 from tests.runtime.cron import FaultyStore, Target, a_job, add_up, at, counts, cron_over, history
@@ -240,16 +245,17 @@ async def test_a_firing_is_not_lost_when_what_it_was_to_cancel_is_taken() -> Non
     processes = Processes(Target(does=lambda number: None), Target(does=lambda number: None))
     async with processes as (one, other):
         await one.register(a_job(firing=FiringPolicy(overlap=Overlap.CANCEL_OTHER), run=RESUME))
-        await asyncio.sleep(50)
+        await asyncio.sleep(40)
         await one.trigger("job")
         other._services[-1].cancel()  # only the one fires
         processes.cut_off(0)
         await asyncio.sleep(8)
-        assert await history(other) == [(50, "running", "")]
+        assert await history(other) == [(40, "running", "")]
         one._services[2].cancel()  # it does not look what has become of its runs
         processes.back(0)
-        await asyncio.sleep(4)
-        assert await history(other) == [(50, "cancelled", "overlap"), (60, "running", "")]
+        await one._ledger.read_changes()  # only of its jobs
+        await asyncio.sleep(14)
+        assert await history(other) == [(40, "cancelled", "overlap"), (60, "running", "")]
         assert [target.cancelled for target in processes.targets] == [1, 1]
 
 
@@ -310,3 +316,153 @@ async def test_a_job_that_is_removed_and_made_again_elsewhere_has_its_new_phase(
         info = await other.job_info("job")
         assert info is not None
         add_up(info)
+
+
+@virtual
+async def test_runs_of_a_backfill_start_once_each_however_slow_the_store() -> None:
+    """They are looked up while the start of some is being written."""
+    for yields in range(8):
+        target = Target()
+        async with cron_over(target, store=FaultyStore(yields=itertools.repeat(yields))) as cron:
+            await cron.register(a_job())
+            await cron.backfill("job", at(-1200), at(0), concurrency=3)
+            await asyncio.sleep(5)
+            assert await counts(cron) == {"succeeded": 20}
+        assert len(target.calls) == 20, yields
+
+
+@virtual
+async def test_what_one_does_not_know_yet_it_does_not_take_for_granted() -> None:
+    async with Processes(Target(), Target()) as (one, other):
+        await one.register(a_job())
+        await asyncio.sleep(LEASE)
+        await one.pause("job")
+        await asyncio.sleep(LEASE)
+        await one.resume("job")
+        await other.pause("job")  # as it is, for all that it knows
+        assert (await one.pause("job")).paused
+        await asyncio.sleep(120)
+        assert await counts(one) == {}
+        await one.resume("job")
+        await one.update(a_job(schedule=45))
+        await other.register(a_job())  # the same as it knows
+        await asyncio.sleep(LEASE)
+        assert one.job("job").schedule == Interval(60)
+        await one.unregister("job")
+        with pytest.raises(NotFound):
+            await other.update(a_job(schedule=30))
+        assert await one.list_jobs() == await other.list_jobs() == []
+
+
+@virtual
+async def test_a_resumed_run_is_taken_over_once_however_long_that_takes_to_be_written() -> None:
+    targets = Target(does=lambda number: None), Target(seconds=50)
+    processes = Processes(*targets)
+    async with processes as (one, other):
+        await one.register(a_job(run=RESUME))
+        await asyncio.sleep(2)
+        await one.trigger("job")
+        processes.cut_off(0)
+        (run,) = await processes.memory.runs(RunQuery(states=(RunState.RUNNING,)))
+        await asyncio.sleep(0.5)
+        for _ in range(2):  # as two looks do while the writer is busy
+            other._ledger.post(Rescue(other._runs, run, other._ledger.versions()["job"]))
+        await other._ledger.settled()
+        (run,) = await other.runs()
+        assert (run.state, run.attempt) == (RunState.RUNNING, 2)
+    assert len(targets[1].calls) == 1
+
+
+@virtual
+async def test_an_end_in_order_leaves_to_others_what_it_never_heard_of() -> None:
+    """The firing was written, though the store said that it was not, and nobody has run it."""
+    processes = Processes(Target(), Target())
+    async with processes as (one, other):
+        await one.register(a_job())
+        await asyncio.sleep(59)
+        other._services[-1].cancel()  # only the one fires
+        processes.stores[0].fails = lambda name, number: "after" if name == "commit" else None
+        await asyncio.sleep(1.1)
+        processes.stores[0].fails = None
+        await asyncio.sleep(0.5)
+        await one.close()
+        assert await history(other) == [(60, "running", "")]
+        await asyncio.sleep(2 * LEASE)
+        assert await history(other) == [(60, "interrupted", "crash")]
+
+
+@pytest.mark.parametrize("how", ["before", "after"])
+@virtual
+async def test_a_run_that_goes_back_to_wait_is_counted_once_when_the_store_fails(how: str) -> None:
+    target = Target(does=lambda number: None if number == 1 else 0.0)
+    processes = Processes(target, target)
+    async with processes as (one, other):
+        await one.register(a_job(run=RESUME))
+        await asyncio.sleep(LEASE)
+        await one.trigger("job")
+        failures = iter([how, None])
+        processes.stores[0].fails = lambda name, number: next(failures, None) if name == "commit" else None
+        other._services[-1].cancel()
+        await one.close(drain=0)
+        await asyncio.sleep(LEASE)
+        assert await history(other) == [(3, "succeeded", "")]
+        assert await counts(other) == {"succeeded": 1}
+        (run,) = await other.runs()
+        assert run.attempt == 2
+
+
+@pytest.mark.parametrize("how", ["before", "after"])
+@virtual
+async def test_a_run_that_waited_starts_once_when_the_store_fails(how: str) -> None:
+    target = Target(seconds=5)
+    store = FaultyStore()
+    async with cron_over(target, store=store, lease=LEASE) as cron:
+        await cron.register(a_job(firing=FiringPolicy(overlap=Overlap.BUFFER_ALL)))
+        for _ in range(3):
+            await cron.trigger("job")
+        await asyncio.sleep(4)
+        failures = iter([None, how, how])  # the end of the first, the start of the second
+        store.fails = lambda name, number: next(failures, None) if name == "commit" else None
+        await asyncio.sleep(20)
+        assert await counts(cron) == {"succeeded": 3}
+    assert len(target.calls) == 3
+
+
+@virtual
+async def test_what_an_earlier_job_left_here_is_not_booked_by_the_new_one_made_elsewhere() -> None:
+    targets = Target(does=lambda number: None), Target(does=lambda number: None)
+    async with Processes(*targets) as (one, other):
+        await one.register(a_job(schedule=86_400, firing=FiringPolicy(overlap=Overlap.CANCEL_OTHER)))
+        await asyncio.sleep(2)
+        await one.trigger("job")
+        await asyncio.sleep(2)
+        await other.unregister("job")
+        await other.register(a_job(schedule=86_400, firing=FiringPolicy(overlap=Overlap.CANCEL_OTHER)))
+        await one.trigger("job")
+        await one.trigger("job")
+        await asyncio.sleep(1)
+        assert [state for _, state, _ in await history(one)] == ["running", "cancelled", "running"]
+        assert await counts(one) == {"cancelled": 1, "pending": 1}
+
+
+@virtual
+async def test_asked_for_elsewhere_while_it_was_looked_up_it_is_one_run() -> None:
+    async with Processes(Target(), Target()) as (one, other):
+        await one.register(a_job(firing=FiringPolicy(overlap=Overlap.ALLOW, max_running=9)))
+        await asyncio.sleep(LEASE)
+        look = one._asked_before
+        meanwhile = iter([other.trigger("job", origin="x"), other.backfill("job", at(-60), at(0), origin="y")])
+
+        async def slow(id: str, origin: str | None) -> Any:
+            found = await look(id, origin)
+            if found is None and (work := next(meanwhile, None)) is not None:
+                await work
+                await asyncio.sleep(0.1)
+                await one._ledger.read_changes()
+            return found
+
+        one._asked_before = slow  # type: ignore[method-assign]
+        await one.trigger("job", origin="x")
+        assert await one.backfill("job", at(-60), at(0), origin="y") == ("y", 0)
+        await asyncio.sleep(1)
+        assert sorted(run.origin for run in await one.runs()) == ["x", "y"]

@@ -322,6 +322,18 @@ async def test_a_plain_sink_that_raises_fails_the_run() -> None:
 
 
 @with_threads
+async def test_what_a_plain_sink_may_have_lost_is_not_remembered_as_done() -> None:
+    async def sink(items: Any) -> None:
+        raise OSError("no room")
+
+    store = MemoryStore()
+    async with cron_over(store=store) as cron:
+        await cron.register(a_job(schedule=DAY, request=Rows(5), sink=sink))
+        assert outcome(await run_ended(cron)) == ("failed", "error")
+        assert await store.memory("job") == {}
+
+
+@with_threads
 async def test_a_timeout_in_the_middle_leaves_the_rest_to_the_next_firing() -> None:
     store, target = MemoryStore(), Target(does=lambda number: None if number == 4 else 0.0)
     async with cron_over(target, store=store) as cron:

@@ -40,10 +40,10 @@ class ExecutionHost(Protocol):
 
     def wall(self) -> int: ...
     def target(self, model: str | None) -> CronTarget: ...
-    async def attempted(self, after: Run) -> bool: ...
+    async def attempted(self, execution: Execution, after: Run) -> bool: ...
     def ended(self, execution: Execution, after: Run) -> None: ...
     async def memory(self, job: str) -> Mapping[str, str]: ...
-    async def checkpoint(self, run: Run, memory: Mapping[str, str | None]) -> bool: ...
+    async def checkpoint(self, execution: Execution, after: Run, memory: Mapping[str, str | None]) -> bool: ...
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -207,9 +207,8 @@ class Execution:
                 return outcome
             await asyncio.sleep(min(policy.backoff * 2 ** min(done - 1, 60), policy.max_backoff))
             again = self.on(self.run, attempt=self.run.attempt + 1)
-            if not await self._host.attempted(again):
+            if not await self._host.attempted(self, again):
                 return None
-            self.run = again
 
     async def _perform(self) -> Outcome:
         job = self._job
@@ -294,7 +293,7 @@ class Execution:
 
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool:
         """Write down what is to be remembered, and how far the run is. False: it is another's now."""
-        return await self._host.checkpoint(self.on(self.run), memory)
+        return await self._host.checkpoint(self, self.on(self.run), memory)
 
     async def memory(self) -> Mapping[str, str]:
         """What the job's source and sink have remembered."""

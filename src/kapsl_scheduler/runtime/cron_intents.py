@@ -48,6 +48,7 @@ class IntentHost(Protocol):
     owner: str
     closing: bool
     cutting: bool
+    starting: set[tuple[str, int, str]]
 
     def wall(self) -> int: ...
     def launch(self, entry: Entry, run: Run) -> None: ...
@@ -93,8 +94,8 @@ class _Creating(Intent):
             self._others = others = []
             now = self._host.wall()
             for execution in self._host.executions(self.job):
-                if execution.run.detached or execution.run.limit:
-                    continue  # not this job's any more, or of a backfill, which goes its own way
+                if execution.run.detached or execution.anchor != state.anchor or execution.run.limit:
+                    continue  # of an earlier job of this id, or of a backfill, which goes its own way
                 after = execution.cut(RunState.CANCELLED, "overlap", now)
                 state = booked(state, execution.run, after)
                 updated += (after,)
@@ -250,7 +251,7 @@ class Fill(Intent):
 
 
 class Start(Intent):
-    """A run that waited starts."""
+    """A run that waited starts. It stands in the host's `starting` until this is written, or given up."""
 
     __slots__ = ("_after", "_before", "_host")
 
@@ -261,6 +262,10 @@ class Start(Intent):
         self._host = host
         self._before = run
         self._after = run
+
+    @property
+    def turns(self) -> tuple[Run, Run] | None:
+        return self._before, self._after
 
     def decide(self, entry: Entry | None) -> Change | None:
         before = self._after = self._before
@@ -281,28 +286,36 @@ class Start(Intent):
         return Change(job=self.job, expected=entry.version, state=state, updated=(self._after,), taken_from="")
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        self._host.starting.discard(self._before.key)
         if entry is not None and self._after.state is RunState.RUNNING:
             self._host.launch(entry, self._after)
             self._host.room_for_waiting(entry)
 
     def refused(self) -> None:
-        """It has started already, asked for twice: another may start in this one's place."""
+        self._host.starting.discard(self._before.key)
         self._host.room_in(self.job)
+
+    def fail(self, error: Exception) -> None:
+        self._host.starting.discard(self._before.key)
 
 
 class Rescue(Intent):
-    """A run whose process died: interrupted, or resumed here as its next attempt."""
+    """A run whose process died: interrupted, or resumed here as its next attempt. `version` is that of its job before
+    the run was looked up: if it is another by now, the run may have gone on, and is left to the next look."""
 
-    __slots__ = ("_after", "_before", "_host")
+    __slots__ = ("_after", "_before", "_host", "_version")
 
-    def __init__(self, host: IntentHost, run: Run) -> None:
+    def __init__(self, host: IntentHost, run: Run, version: int) -> None:
         super().__init__(run.job)
         self._host = host
         self._before = run
         self._after = run
+        self._version = version
 
     def decide(self, entry: Entry | None) -> Change | None:
-        before = self._before
+        before = self._after = self._before
+        if _version(entry) != self._version:
+            return None
         taken_from = None
         job = None if entry is None or before.detached else entry.job
         if job is None or job.run.on_interrupt is OnInterrupt.RECORD:
@@ -316,12 +329,15 @@ class Rescue(Intent):
         return Change(
             job=self.job,
             expected=_version(entry),
+            # Also where the books stay as they are: it is another version, and who would take it too comes too late.
             state=None if entry is None or before.detached else booked(entry.state, before, self._after),
             updated=(self._after,),
             taken_from=taken_from,
         )
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+        if self._after is self._before:
+            return
         if self._after.state is RunState.RUNNING and entry is not None:
             self._host.launch(entry, self._after)
         else:
@@ -352,20 +368,25 @@ class Cut(Intent):
 
 
 class Attempt(Intent):
-    """A run is tried again. Says whether it is still ours."""
+    """A run is tried again. Says whether it is still ours. It makes another version of the job: who would take over the
+    run as it was comes too late."""
 
-    __slots__ = ("_after",)
+    __slots__ = ("_after", "_execution")
 
     lasting = True
 
-    def __init__(self, after: Run) -> None:
+    def __init__(self, execution: Execution, after: Run) -> None:
         super().__init__(after.job)
+        self._execution = execution
         self._after = after
 
     def decide(self, entry: Entry | None) -> Change | None:
-        return Change(job=self.job, expected=None, updated=(self._after,))  # whatever has become of the job
+        state = None if entry is None else entry.state
+        return Change(job=self.job, expected=_version(entry), state=state, updated=(self._after,))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
+        execution = self._execution
+        execution.run = replace(self._after, detached=execution.run.detached)
         return True
 
     def refused(self) -> bool:
@@ -377,11 +398,12 @@ class Checkpoint(Attempt):
 
     __slots__ = ("_memory",)
 
-    def __init__(self, after: Run, memory: Mapping[str, str | None]) -> None:
-        super().__init__(after)
+    def __init__(self, execution: Execution, after: Run, memory: Mapping[str, str | None]) -> None:
+        super().__init__(execution, after)
         self._memory = memory
 
     def decide(self, entry: Entry | None) -> Change | None:
+        # Whatever has become of the job.
         return Change(job=self.job, expected=None, updated=(self._after,), memory=self._memory)
 
 
@@ -401,6 +423,10 @@ class End(Intent):
         self._anchor = anchor
         self._pauses = False
 
+    @property
+    def turns(self) -> tuple[Run, Run] | None:
+        return self._before, self._after
+
     def decide(self, entry: Entry | None) -> Change | None:
         state = None
         self._pauses = False
@@ -410,6 +436,10 @@ class End(Intent):
             if limit is not None and state.failures >= limit and not state.paused:
                 self._pauses = True
                 state = replace(state, paused=f"{state.failures} failures in a row")
+        elif self._after.state is RunState.PENDING:  # for a job that is gone, nobody would go on with it
+            self._after = replace(
+                self._after, state=RunState.CANCELLED, owner=self._before.owner, ended=self._host.wall()
+            )
         return Change(
             job=self.job,
             expected=_version(entry),
@@ -428,12 +458,16 @@ class End(Intent):
 
 
 class Define(Intent):
-    """A job as its owner wants it: new, or in place of what is known under its id, with its counters and its phase."""
+    """A job as its owner wants it: new (unless it must be `known`), or in place of what is known under its id, with its
+    counters and its phase."""
 
-    __slots__ = ("_definition", "_host", "_job", "_missed", "_refuse", "_told")
+    __slots__ = ("_definition", "_host", "_job", "_known", "_missed", "_refuse", "_told")
 
-    def __init__(self, host: IntentHost, job: CronJob, definition: bytes, *, refuse: bool = False) -> None:
+    def __init__(
+        self, host: IntentHost, job: CronJob, definition: bytes, *, refuse: bool = False, known: bool = False
+    ) -> None:
         super().__init__(job.id)
+        self._known = known
         self._host = host
         self._job = job
         self._definition = definition
@@ -445,13 +479,16 @@ class Define(Intent):
         now = self._host.wall()
         self._missed = ()
         if entry is None:
+            if self._known:
+                raise NotFound(f"no job {self.job!r}")
             self._told = "registered"
             self._check_fires(now, now)
             state = JobState(anchor=now, cursor=now, paused="" if self._job.enabled else _NOT_ENABLED)
             return Change(job=self.job, expected=0, state=state, definition=self._definition)
         self._told = ""
         if entry.definition == self._definition:
-            return None
+            # As it seems: the store knows.
+            return Change(job=self.job, expected=entry.version, state=entry.state)
         if self._refuse:
             raise InvalidJob(["id: the store has another job of this id, and on_conflict is 'error'"], self.job)
         self._told = "updated"
@@ -506,9 +543,9 @@ class Pause(Intent):
 
     def decide(self, entry: Entry | None) -> Change | None:
         entry = _found(entry, self.job)
-        if entry.state.paused:
-            return None
-        return Change(job=self.job, expected=entry.version, state=replace(entry.state, paused=self._reason))
+        # Written also where it seems to be so already: the store knows.
+        state = replace(entry.state, paused=entry.state.paused or self._reason)
+        return Change(job=self.job, expected=entry.version, state=state)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
@@ -530,8 +567,8 @@ class Resume(Intent):
     def decide(self, entry: Entry | None) -> Change | None:
         entry = _found(entry, self.job)
         self._missed = ()
-        if not entry.state.paused:
-            return None
+        if not entry.state.paused:  # as it seems: the store knows
+            return Change(job=self.job, expected=entry.version, state=entry.state)
         state = replace(entry.state, paused="", failures=0)
         if not self._catch_up and entry.job is not None and entry.timetable is not None:
             now = self._host.wall()

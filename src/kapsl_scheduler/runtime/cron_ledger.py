@@ -70,6 +70,12 @@ class Intent:
         """It is written: `entry` is the job now, `numbers` are those of the runs that were created. Returns what
         whoever waits is to hear."""
 
+    @property
+    def turns(self) -> tuple[Run, Run] | None:
+        """What a lasting one makes of a run that is there: before and after. Where the store fails, that may have been
+        written nevertheless, and would be counted twice."""
+        return None
+
     def refused(self) -> Any:
         """A run of which it wanted to write the end has ended already, or is another's: nothing was written."""
 
@@ -97,6 +103,7 @@ class Ledger:
         self._changed = changed
         self._gone = gone
         self._queue: deque[Intent] = deque()
+        self._unsure: list[Intent] = []  # those that `turn` a run, and of which the store said that it failed
         self._writing = False
         self._closed: Exception | None = None  # what whoever hands something in is told from now on
         self._sleeper: asyncio.Future[None] | None = None  # of `serve`, while there is nothing to write
@@ -205,6 +212,7 @@ class Ledger:
                     if self.failing is None:
                         logger.error("the store of the cron jobs fails, it is tried again: %s", error)
                     self.failing = error
+                    self._fail_calls(error)
                     if not patient:
                         return
                     await asyncio.sleep(wait if self._queue else 0)
@@ -224,6 +232,8 @@ class Ledger:
 
     async def _round(self) -> bool:
         """Decide what is there, and write it. Returns whether there was anything to write."""
+        if self._unsure:
+            await self._find_out()
         decided = self._decided()
         if not decided:
             return False
@@ -248,12 +258,39 @@ class Ledger:
         return True
 
     def _not_written(self, intents: Sequence[Intent], error: Exception) -> None:
-        """The lasting ones are tried again; the others fail, also those that would be next."""
-        everyone = [*intents, *self._queue]
-        self._queue = deque(intent for intent in everyone if intent.lasting)
-        for intent in everyone:
+        """The lasting ones are tried again, before all others; the others fail."""
+        self._queue.extendleft(intent for intent in reversed(intents) if intent.lasting)
+        for intent in intents:
             if not intent.lasting:
                 intent.fail(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))
+            elif intent.turns is not None:
+                self._unsure.append(intent)
+
+    def _fail_calls(self, error: StoreError) -> None:
+        """Whoever waits for an answer is not kept by what others have to write."""
+        waiting, self._queue = self._queue, deque(intent for intent in self._queue if intent.lasting)
+        for intent in waiting:
+            if not intent.lasting:
+                intent.fail(error)
+
+    async def _find_out(self) -> None:
+        """What has become of what may have been written. Raises whatever the store raises."""
+        for intent in list(self._unsure):
+            turns = intent.turns
+            assert turns is not None
+            before, after = turns
+            run = await self.store.run(*before.key)
+            if run is not None and _same(run, before):
+                self._unsure.remove(intent)
+                continue
+            records = await self.store.jobs([intent.job])
+            self._unsure.remove(intent)
+            self._queue.remove(intent)
+            self.refresh(intent.job, records[0] if records else None)
+            if run is not None and _same(run, after):
+                _tell(intent, intent.done, self.entries.get(intent.job), ())
+            else:
+                _tell(intent, intent.refused)
 
     def _decided(self) -> list[tuple[Intent, Entry | None, Change]]:
         """Ask the intents of the queue, one of each job: the next one has to see what becomes of it."""
@@ -334,12 +371,16 @@ class Ledger:
             entry.state, entry.version = record.state, record.version
         self._changed(entry)
 
+    def versions(self) -> dict[str, int]:
+        """Of the jobs as they are known here."""
+        return {job: entry.version for job, entry in self.entries.items()}
+
     async def read_changes(self) -> None:
         """Take over what other processes have changed. Raises `StoreError`.
 
         What was written from here meanwhile is newer than what was read: versions rise, and none is used twice.
         """
-        before = {job: entry.version for job, entry in self.entries.items()}
+        before = self.versions()
         versions = await self.store.versions()
         different = [job for job, version in versions.items() if before.get(job, 0) < version]
         for record in await self.store.jobs(different) if different else ():
@@ -349,6 +390,10 @@ class Ledger:
         for job, version in before.items():
             if job not in versions and (entry := self.entries.get(job)) is not None and entry.version == version:
                 self.refresh(job, None)
+
+
+def _same(run: Run, other: Run) -> bool:
+    return run.state is other.state and run.owner == other.owner and run.attempt == other.attempt
 
 
 def _answer(intent: Intent, entry: Entry | None, numbers: Sequence[int]) -> None:

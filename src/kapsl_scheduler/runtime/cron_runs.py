@@ -76,6 +76,7 @@ class Runs:
         self._chore = asyncio.Event()
         self.closing = False  # no waiting run starts any more
         self.cutting = False  # no run does
+        self.starting: set[tuple[str, int, str]] = set()  # runs that waited and whose start is being written
         self._hurried: asyncio.Future[None]
 
     # ---------------------------------------------------------------------------------------- dispatching
@@ -231,8 +232,8 @@ class Runs:
 
     # -------------------------------------------------------------------------- what executions ask for
 
-    async def attempted(self, after: Run) -> bool:
-        return bool(await self._ledger.do(Attempt(after)))
+    async def attempted(self, execution: Execution, after: Run) -> bool:
+        return bool(await self._ledger.do(Attempt(execution, after)))
 
     def ended(self, execution: Execution, after: Run) -> None:
         # Not at once: of many that were dispatched together, the last should start before the first is written down.
@@ -242,8 +243,8 @@ class Runs:
     async def memory(self, job: str) -> Mapping[str, str]:
         return await self._ledger.store.memory(job)
 
-    async def checkpoint(self, run: Run, memory: Mapping[str, str | None]) -> bool:
-        return bool(await self._ledger.do(Checkpoint(run, memory)))
+    async def checkpoint(self, execution: Execution, after: Run, memory: Mapping[str, str | None]) -> bool:
+        return bool(await self._ledger.do(Checkpoint(execution, after, memory)))
 
     # ------------------------------------------------------------------------------ what intents ask for
 
@@ -327,6 +328,7 @@ class Runs:
 
     async def _start_waiting(self, entry: Entry) -> None:
         for origin, number in startable(entry.state):
+            starting = set(self.starting)
             waiting = await self._ledger.store.runs(
                 RunQuery(
                     job=entry.id,
@@ -337,6 +339,9 @@ class Runs:
                     limit=number,
                 )
             )
+            # What began while it was looked up may be among them, as it was before.
+            waiting = [run for run in waiting if run.key not in starting and run.key not in self.starting]
+            self.starting.update(run.key for run in waiting)
             await self._ledger.settle(*(Start(self, run) for run in waiting))
 
     async def _cancel_elsewhere(self, entry: Entry, keys: set[tuple[str, int, str]]) -> None:

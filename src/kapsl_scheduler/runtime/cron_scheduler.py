@@ -198,8 +198,10 @@ class CronScheduler:
         self._ledger.close(CronError("the cron scheduler is closed"))
         self._events.close()
         try:
-            if settled:
-                await self._ledger.store.forget(self._runs.owner)
+            store, owner = self._ledger.store, self._runs.owner
+            # What it began and never heard of, since the store failed, is for others to find.
+            if settled and not await store.runs(RunQuery(states=(RunState.RUNNING,), owner=owner, limit=1)):
+                await store.forget(owner)
         except Exception as error:
             logger.warning("the store of the cron jobs was not told of the end: %s", error)
         finally:
@@ -279,8 +281,8 @@ class CronScheduler:
         self._check_open()
         self._entry(job.id)
         checked, definition = self._checked(job)
+        await self._ledger.do(Define(self._runs, checked, definition, known=True))
         self._registered.add(checked.id)
-        await self._ledger.do(Define(self._runs, checked, definition))
         return self._info(self._entry(checked.id))
 
     async def unregister(self, id: str, *, cancel: bool = False) -> bool:

@@ -90,6 +90,7 @@ class Watch:
 
     async def _bury(self, owner: str) -> None:
         """Its runs are nobody's any more."""
+        versions = self._ledger.versions()
         found = await self._store.runs(RunQuery(states=(RunState.RUNNING,), owner=owner, limit=PAGE))
         if not found:
             await self._store.forget(owner)
@@ -98,13 +99,14 @@ class Watch:
             "process %s has died; of its runs %d are taken over or recorded as interrupted", owner, len(found)
         )
         for run in found:
-            self._ledger.post(Rescue(self._runs, run))
+            self._ledger.post(Rescue(self._runs, run, versions.get(run.job, 0)))
 
     async def _check_own(self) -> None:
         """What another process has taken from this one (which it thought dead) is not ours to go on with; and what is
         ours in the store but not here was never dispatched, because the store failed after it had written it."""
         if not self._ledger.idle:
             return  # what is being written looks like either
+        versions = self._ledger.versions()
         before = {execution.run.key: execution for execution in self._runs.everyone()}
         ours = {
             run.key: run
@@ -119,7 +121,7 @@ class Watch:
                 execution.discard("taken over")
         unknown = {key for key in ours if key not in before and key not in after}
         for key in unknown & self._unknown:  # seen twice: not one that was just about to begin
-            self._ledger.post(Rescue(self._runs, ours[key]))
+            self._ledger.post(Rescue(self._runs, ours[key], versions.get(key[0], 0)))
         self._unknown = unknown
 
     async def prune(self) -> None:

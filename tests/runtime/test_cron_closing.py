@@ -329,7 +329,28 @@ async def test_a_service_that_stops_is_told_of(caplog: pytest.LogCaptureFixture)
         def broken() -> Any:
             raise SystemError("what now")
 
-        cron._alarm._due = broken  # type: ignore[method-assign]
+        cron._runs.history_grows.wait = broken  # type: ignore[method-assign]
+        cron._runs.history_grows.set()
         with caplog.at_level(logging.CRITICAL):
             await asyncio.sleep(100)
-        assert "cron timer has stopped" in caplog.text
+        assert "cron watch has stopped" in caplog.text
+
+
+@virtual
+async def test_the_timer_goes_on_after_a_mistake_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    async with cron_over() as cron:
+        await cron.register(a_job("a", 60))
+        await cron.register(a_job("b", 90))
+        strike, broken = cron._alarm._strike, True
+
+        def once_broken(due: Any) -> None:
+            if broken:
+                raise SystemError("what now")
+            strike(due)
+
+        cron._alarm._strike = once_broken
+        await asyncio.sleep(61)
+        assert "jobs that are due were not looked at: ['a']" in caplog.text
+        broken = False
+        await asyncio.sleep(30)
+        assert await counts(cron, "b") == {"succeeded": 1}

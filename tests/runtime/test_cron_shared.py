@@ -233,7 +233,7 @@ async def test_a_firing_that_takes_the_place_of_several_after_a_stall_cancels_wh
         await one.register(a_job(firing=FiringPolicy(overlap=Overlap.CANCEL_OTHER)))
         await asyncio.sleep(2)
         await one.trigger("job")
-        one._services[-1].cancel()  # only the other fires
+        one._alarm.stop()  # only the other fires
         clock.step(600)
         await asyncio.sleep(31)
         assert [state for _, state, _ in await history(other)] == ["cancelled", "missed", "succeeded"]
@@ -247,7 +247,7 @@ async def test_a_firing_is_not_lost_when_what_it_was_to_cancel_is_taken() -> Non
         await one.register(a_job(firing=FiringPolicy(overlap=Overlap.CANCEL_OTHER), run=RESUME))
         await asyncio.sleep(40)
         await one.trigger("job")
-        other._services[-1].cancel()  # only the one fires
+        other._alarm.stop()  # only the one fires
         processes.cut_off(0)
         await asyncio.sleep(8)
         assert await history(other) == [(40, "running", "")]
@@ -380,7 +380,7 @@ async def test_an_end_in_order_leaves_to_others_what_it_never_heard_of() -> None
     async with processes as (one, other):
         await one.register(a_job())
         await asyncio.sleep(59)
-        other._services[-1].cancel()  # only the one fires
+        other._alarm.stop()  # only the one fires
         processes.stores[0].fails = lambda name, number: "after" if name == "commit" else None
         await asyncio.sleep(1.1)
         processes.stores[0].fails = None
@@ -402,7 +402,7 @@ async def test_a_run_that_goes_back_to_wait_is_counted_once_when_the_store_fails
         await one.trigger("job")
         failures = iter([how, None])
         processes.stores[0].fails = lambda name, number: next(failures, None) if name == "commit" else None
-        other._services[-1].cancel()
+        other._alarm.stop()
         await one.close(drain=0)
         await asyncio.sleep(LEASE)
         assert await history(other) == [(3, "succeeded", "")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 from collections.abc import Callable
 from typing import Final
 
@@ -14,21 +15,37 @@ from kapsl_scheduler.runtime.cron_ledger import Entry
 
 __all__ = ["Alarm"]
 
+logger = logging.getLogger(__name__)
+
 LONGEST: Final = 30.0
 """Seconds after which the wall clock is looked at in any case: it may have been set, and the machine may have slept,
 which the loop's clock does not count."""
 
 
 class Alarm:
-    """Jobs by when they are due. `wall` gives microseconds since 1970."""
+    """Jobs by when they are due. `wall` gives microseconds since 1970. From `start` to `stop`, `strike` is given the
+    jobs that are due, on the loop; each is given once, until it is set anew."""
 
-    def __init__(self, wall: Callable[[], int]) -> None:
+    def __init__(self, wall: Callable[[], int], strike: Callable[[list[Entry]], None]) -> None:
         self._wall = wall
+        self._strike = strike
         self._heap: list[tuple[int, int, Entry]] = []
         self._places = 0
         self._void = 0  # items of the heap whose job is due at another moment by now
-        self._sleeper: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle
+        self._loop: asyncio.AbstractEventLoop | None = None  # None: it does not run, or is striking right now
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Strike from now on, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._arm(self._loop, self._wall())
+
+    def stop(self) -> None:
+        """Strike no more."""
+        self._loop = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def set(self, entry: Entry, due: int | None) -> None:
         """A job is due at another moment (None: not at all)."""
@@ -38,58 +55,49 @@ class Alarm:
         entry.place = self._places
         if due is None:
             return
-        earlier = not self._heap or due < self._heap[0][0]
         heapq.heappush(self._heap, (due, self._places, entry))
-        if earlier and self._sleeper is not None and not self._sleeper.done():
-            self._sleeper.set_result(None)
+        if self._loop is not None and self._timer is not None:
+            now = self._wall()
+            if self._loop.time() + (due - now) / 1e6 < self._timer.when():
+                self._timer.cancel()
+                self._arm(self._loop, now)
         if self._void > len(self._heap) // 2 + 64:
             self._heap = [item for item in self._heap if item[2].place == item[1]]
             heapq.heapify(self._heap)
             self._void = 0
-
-    async def next(self) -> list[Entry]:
-        """Wait until some jobs are due. Each is given once, until it is set anew."""
-        loop = asyncio.get_running_loop()
-        while not (due := self._due()):
-            self._sleeper = loop.create_future()
-            self._arm(loop)
-            try:
-                await self._sleeper
-            finally:
-                self._timer.cancel()
-                self._sleeper = None
-        return due
-
-    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = loop.call_at(loop.time() + self._until_next(), self._strike, loop)
-
-    def _strike(self, loop: asyncio.AbstractEventLoop) -> None:
-        sleeper = self._sleeper
-        if sleeper is None or sleeper.done():
-            return
-        if self._until_next() > 0:
-            self._arm(loop)  # it was but a look at the wall clock
-        else:
-            sleeper.set_result(None)
 
     def overdue(self) -> int:
         """How many jobs are due now and have not been given."""
         now = self._wall()
         return sum(due <= now and entry.place == place for due, place, entry in self._heap)
 
-    def _until_next(self) -> float:
+    def _arm(self, loop: asyncio.AbstractEventLoop, now: int) -> None:
         while self._heap and self._heap[0][2].place != self._heap[0][1]:
             heapq.heappop(self._heap)
             self._void -= 1
-        if not self._heap:
-            return LONGEST
-        return min(LONGEST, (self._heap[0][0] - self._wall()) / 1e6)
+        wait = min(LONGEST, (self._heap[0][0] - now) / 1e6) if self._heap else LONGEST
+        self._timer = loop.call_at(loop.time() + wait, self._ring, loop)
 
-    def _due(self) -> list[Entry]:
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        """What is due is given; then the timer is set anew, once for all that was set meanwhile."""
         now = self._wall()
-        found = []
-        while self._heap and self._heap[0][0] <= now:
-            _, place, entry = heapq.heappop(self._heap)
+        due = self._due(now)
+        if due:
+            self._loop = None
+            try:
+                self._strike(due)
+            except Exception:
+                logger.exception("jobs that are due were not looked at: %s", [entry.id for entry in due][:10])
+            if self._timer is None:
+                return  # stopped
+            self._loop = loop
+        self._arm(loop, now)
+
+    def _due(self, now: int) -> list[Entry]:
+        found: list[Entry] = []
+        heap = self._heap
+        while heap and heap[0][0] <= now:
+            _, place, entry = heapq.heappop(heap)
             if entry.place == place:
                 entry.due = None
                 found.append(entry)

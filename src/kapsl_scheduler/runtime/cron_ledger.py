@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from kapsl_scheduler.core.firing import Timetable
@@ -105,6 +105,7 @@ class Ledger:
         self._queue: deque[Intent] = deque()
         self._unsure: list[Intent] = []  # those that `turn` a run, and of which the store said that it failed
         self._writing = False
+        self._soon = False  # a round is to come in the next pass of the loop
         self._closed: Exception | None = None  # what whoever hands something in is told from now on
         self._sleeper: asyncio.Future[None] | None = None  # of `serve`, while there is nothing to write
         self._waiters: list[asyncio.Future[None]] = []  # until nothing is left to write
@@ -116,8 +117,9 @@ class Ledger:
 
         Cancelling the await leaves it in: it may be written nevertheless.
         """
-        (answer,) = await self.do_all([intent])
-        return answer
+        future = intent.future = asyncio.get_running_loop().create_future()
+        self.settle(intent)
+        return await future
 
     async def do_all(self, intents: Sequence[Intent]) -> list[Any]:
         """The same for several, which are written together if they can be. Raises the first error of them."""
@@ -126,36 +128,48 @@ class Ledger:
         for intent in intents:
             intent.future = loop.create_future()
             futures.append(intent.future)
-        await self.settle(*intents)
-        if len(futures) > 1:
+        self.settle(*intents)
+        if futures:
             try:
                 await asyncio.wait(futures)
             except asyncio.CancelledError:
                 for future in futures:
                     future.cancel()
                 raise
-            errors = [error for future in futures if (error := future.exception()) is not None]
-            if errors:
-                raise errors[0]
-        return [await future for future in futures]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
 
-    async def settle(self, *intents: Intent) -> None:
-        """Hand them in, and write here and now what was handed in, if that takes no wait; else `serve` will."""
+    def settle(self, *intents: Intent) -> None:
+        """Hand them in, and write here and now what was handed in, if that takes no wait; else it will be written."""
         if not self.store.instant or self._writing or self._closed is not None:
             for intent in intents:
                 self.post(intent)
             return
         self._queue.extend(intents)
-        if self._queue:
-            await self._write_all(patient=False)  # it does not suspend: no other task sees it half done
+        _at_once(self._write_all(patient=False))
 
     def post(self, intent: Intent) -> None:
-        """Hand it in and go on."""
+        """Hand it in and go on. Nothing is written before the next pass of the loop."""
         if self._closed is not None:
             intent.fail(self._closed)
             return
         self._queue.append(intent)
-        self._wake()
+        if not self.store.instant or self.failing is not None:
+            self._wake()
+        elif not self._soon:
+            self._soon = True
+            asyncio.get_running_loop().call_soon(self._write_soon)
+
+    def _write_soon(self) -> None:
+        """A round of what was handed in; others get the loop before the next."""
+        self._soon = False
+        if self._queue and not self._writing:
+            _at_once(self._write_all(patient=False, rounds=1))
+            if self._queue and self.failing is None and not self._soon:
+                self._soon = True
+                asyncio.get_running_loop().call_soon(self._write_soon)
 
     def close(self, error: Exception) -> None:
         """Nothing more is written: whoever waits for something, or hands something in, is told so."""
@@ -199,13 +213,14 @@ class Ledger:
             else:
                 await self._write_all(patient=True)
 
-    async def _write_all(self, *, patient: bool) -> None:
-        """Until nothing is left, or the store fails: then whoever is `patient` tries again, others leave it to
-        `serve`. Who is patient lets others have the loop between two rounds."""
+    async def _write_all(self, *, patient: bool, rounds: int | None = None) -> None:
+        """Until nothing is left (or for so many rounds), or the store fails: then whoever is `patient` tries again,
+        others leave it to `serve`. Who is patient lets others have the loop between two rounds."""
         self._writing = True
         wait = RETRY_FIRST
         try:
-            while self._queue:
+            while self._queue and rounds != 0:
+                rounds = None if rounds is None else rounds - 1
                 try:
                     written = await self._round()
                 except StoreError as error:
@@ -225,10 +240,11 @@ class Ledger:
                         await asyncio.sleep(0)
         finally:
             self._writing = False
-            if self._queue:
+            if not self._queue:
+                if self._waiters:
+                    self._release()
+            elif rounds is None:
                 self._wake()
-            elif self._waiters:
-                self._release()
 
     async def _round(self) -> bool:
         """Decide what is there, and write it. Returns whether there was anything to write."""
@@ -390,6 +406,17 @@ class Ledger:
         for job, version in before.items():
             if job not in versions and (entry := self.entries.get(job)) is not None and entry.version == version:
                 self.refresh(job, None)
+
+
+def _at_once(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run it to its end here and now. An instant store is never waited for, so there is nothing that it could wait
+    for; and nobody sees it half done."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    coroutine.close()
+    raise RuntimeError("a store that calls itself instant has to be waited for")
 
 
 def _same(run: Run, other: Run) -> bool:

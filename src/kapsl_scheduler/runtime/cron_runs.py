@@ -236,9 +236,15 @@ class Runs:
         return bool(await self._ledger.do(Attempt(execution, after)))
 
     def ended(self, execution: Execution, after: Run) -> None:
-        # Not at once: of many that were dispatched together, the last should start before the first is written down.
-        if not execution.discarded:
-            self._ledger.post(End(self, execution.run, after, execution.anchor))
+        if execution.discarded:
+            return
+        end = End(self, execution.run, after, execution.anchor)
+        if (
+            self._ready
+        ):  # of those that were dispatched together, the last should start before the first is written down
+            self._ledger.post(end)
+        else:
+            self._ledger.settle(end)
 
     async def memory(self, job: str) -> Mapping[str, str]:
         return await self._ledger.store.memory(job)
@@ -342,7 +348,7 @@ class Runs:
             # What began while it was looked up may be among them, as it was before.
             waiting = [run for run in waiting if run.key not in starting and run.key not in self.starting]
             self.starting.update(run.key for run in waiting)
-            await self._ledger.settle(*(Start(self, run) for run in waiting))
+            self._ledger.settle(*(Start(self, run) for run in waiting))
 
     async def _cancel_elsewhere(self, entry: Entry, keys: set[tuple[str, int, str]]) -> None:
         found = await self._ledger.store.runs(
@@ -350,4 +356,4 @@ class Runs:
         )
         own = {execution.run.key for execution in self._of_job.get(entry.id, ())}
         others = [run for run in found if run.key not in keys and run.key not in own and not run.detached]
-        await self._ledger.settle(*(Cut(self, run, "overlap") for run in others))
+        self._ledger.settle(*(Cut(self, run, "overlap") for run in others))

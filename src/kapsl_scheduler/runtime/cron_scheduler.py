@@ -95,7 +95,7 @@ class CronScheduler:
         self._allow_critical = allow_latency_critical
         self._bindings = Bindings(adapters, self._lacks if hasattr(target, "target") else None)
         self._events = Events()
-        self._alarm = Alarm(self._wall)
+        self._alarm = Alarm(self._wall, self._fire)
         self._ledger = Ledger(store if store is not None else MemoryStore(), changed=self._read, gone=self._gone)
         self._runs = Runs(
             self._ledger,
@@ -136,11 +136,11 @@ class CronScheduler:
             "writer": self._ledger.serve(),
             "chores": self._runs.serve(),
             "watch": self._watch.serve(),
-            "timer": self._fire(),
         }
         self._services = [asyncio.create_task(service, name=f"cron {name}") for name, service in services.items()]
         for task in self._services:
             task.add_done_callback(_must_not_end)
+        self._alarm.start()
         return self
 
     async def __aexit__(
@@ -176,7 +176,7 @@ class CronScheduler:
 
     async def _end(self, drain: float) -> None:
         """Nobody who waits for it can stop it."""
-        self._services[-1].cancel()  # nothing more is fired
+        self._alarm.stop()  # nothing more is fired
         try:
             await self._runs.drain(drain)
             await self._stop()
@@ -207,13 +207,11 @@ class CronScheduler:
         finally:
             await self._ledger.store.close()
 
-    async def _fire(self) -> None:
-        while True:
-            due = await self._alarm.next()
-            for first in range(0, len(due), AT_ONCE):
-                if first:
-                    await asyncio.sleep(0)  # others want the loop too
-                await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due[first : first + AT_ONCE]])
+    def _fire(self, due: list[Entry]) -> None:
+        """Have it decided what the schedule asks of these jobs. Of many, others get the loop in between."""
+        self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due[:AT_ONCE]])
+        if len(due) > AT_ONCE:
+            asyncio.get_running_loop().call_soon(self._fire, due[AT_ONCE:])
 
     # ------------------------------------------------------------------------------------ registering
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from benchmarks import cron_next, digits, flood, micro, overload, queue10k, serial
+from benchmarks import cron, cron_live, cron_next, digits, flood, micro, overload, queue10k, serial, store
 from benchmarks.devices import DIGITS
 from benchmarks.loops import LOOPS
 from benchmarks.machine import ROOT, Neighbours
@@ -28,11 +28,22 @@ SUITES: Final[dict[str, tuple[Callable[[Any], Report], Any]]] = {
     "flood": (flood.run, flood.Options()),
     "queue10k": (queue10k.run, queue10k.Options()),
     "overload": (overload.run, overload.Options()),
+    "store": (store.run, store.Options()),
     "cron-next": (cron_next.run, cron_next.Options()),
+    "cron": (cron.run, cron.Options()),
+    "cron-live": (cron_live.run, cron_live.Options()),
 }
 """How each suite is run, and its options where the command line gives none."""
 
-QUICK: Final[dict[str, Any]] = {"rounds": 1, "repeats": 5, "cycles": 3, "seconds": 0.5, "warmup": 0.2, "year_days": 1.0}
+QUICK: Final[dict[str, Any]] = {
+    "rounds": 1,
+    "repeats": 5,
+    "cycles": 3,
+    "seconds": 0.5,
+    "warmup": 0.2,
+    "slow": 1.0,
+    "year_days": 1.0,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,6 +169,8 @@ def _add_suite(suite: argparse.ArgumentParser, name: str) -> None:
     if "floods" in fields:
         suite.add_argument("--floods", type=_numbers, help="callers that flood, as 64,256,1024")
         suite.add_argument("--live", choices=("closed", "poisson"), help="how live requests come")
+    if "jobs" in fields:
+        suite.add_argument("--jobs", type=int, help="that are due at once")
     if "multiples" in fields:
         suite.add_argument("--multiples", type=_fractions, help="offered load over capacity, as 0.5,1,2")
         suite.add_argument("--patterns", type=_names, help=f"of {','.join(overload.PATTERNS)}")

@@ -1,6 +1,6 @@
 """Suite `cron`: what jobs cost, and how late they fire, against APScheduler 3 and against bare timers of the loop.
 
-Every figure comes from a scheduler whose target does nothing. What jobs cost live requests is suite `cron_live`.
+Every figure comes from a scheduler whose target does nothing. What jobs cost live requests is suite `cron-live`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import tempfile
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -24,44 +24,53 @@ from benchmarks.report import Label, Report
 from benchmarks.stats import percentile
 from kapsl_scheduler import CronJob, CronScheduler, FiringPolicy, Interval
 from kapsl_scheduler.core.jobs import moment
-from kapsl_scheduler.stores.memory import MemoryStore
-from kapsl_scheduler.stores.sqlite import SqliteStore
+from kapsl_scheduler.ports import JobStore
+from kapsl_scheduler.stores import MemoryStore, SqliteStore
 from kapsl_scheduler.testing import run_virtual
 
 __all__ = ["Options", "run"]
 
-MANY: Final = 10_000
 TIMERS: Final = 200
-SLOW_RUN: Final = 10.0
 ROW: Final = np.zeros((1, 64), np.float32)
 HOURLY: Final = "0 0 * * * *"
 YEAR: Final = 365 * 86_400
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """`seconds` is how long timers are watched in a trial; `year_days` how much of a year is simulated."""
+    """`seconds` is how long timers are watched in a trial, `slow` what the slow run takes, `jobs` how many are many,
+    `year_days` how much of a year is simulated."""
 
     loop: str = "uvloop"
     rounds: int = 3
     seconds: float = 20.0
+    slow: float = 10.0
+    jobs: int = 10_000
     year_days: float = 365.0
 
 
 class NullTarget:
     """Answers at once, and remembers when it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: int = 0) -> None:
         self.asked: list[float] = []
+        self.all_there = asyncio.Event()
+        self._expected = expected
 
     async def infer(self, request: Any, **how: Any) -> Any:
         self.asked.append(time.time())
-        return None
+        if len(self.asked) == self._expected:
+            self.all_there.set()
 
 
 def run(options: Options) -> Report:
     """All figures, interleaved with those that they are compared with."""
-    settings: dict[str, Label | list[Label]] = {"rounds": options.rounds, "seconds": options.seconds}
-    report = Report.begin("cron", {**settings, "loop": options.loop})
+    settings: dict[str, Label | list[Label]] = {
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "jobs": options.jobs,
+        "loop": options.loop,
+    }
+    report = Report.begin("cron", settings)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     _registration(report, options)
     _memory(report, options)
@@ -77,7 +86,7 @@ def run(options: Options) -> Report:
 
 
 def _registration(report: Report, options: Options) -> None:
-    ways: dict[str, Callable[[], Any]] = {
+    ways: dict[str, Callable[[int], Coroutine[Any, Any, float]]] = {
         "ours": _register_ours,
         "ours, all at once": _register_all,
         "APScheduler 3": _register_peer,
@@ -85,41 +94,41 @@ def _registration(report: Report, options: Options) -> None:
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, way in ways.items():
-            samples[name].append(run_on(options.loop, way()))
-    ours = report.add({"way": "ours"}, "register 10,000", "ms", [s * 1e3 for s in samples["ours"]], "lower")
-    report.add(
-        {"way": "ours, all at once"}, "register 10,000", "ms", [s * 1e3 for s in samples["ours, all at once"]], "lower"
-    )
-    peer = report.add({"way": "APScheduler 3"}, "register 10,000", "ms", [s * 1e3 for s in samples["APScheduler 3"]])
-    report.at_most("register 10,000 over APScheduler 3", ours.value / peer.value, 0.4)
+            samples[name].append(run_on(options.loop, way(options.jobs)))
+    taken = {
+        name: report.add({"registering": name}, "time", "us a job", [s / options.jobs * 1e6 for s in took], "lower")
+        for name, took in samples.items()
+    }
+    ratio = taken["ours"].value / taken["APScheduler 3"].value
+    report.at_most(f"registering {options.jobs:,} jobs over APScheduler 3", ratio, 0.4)
 
 
-def _jobs(schedule: Any = HOURLY) -> list[CronJob]:
-    return [CronJob(f"job-{number}", schedule, ROW) for number in range(MANY)]
+def _jobs(number: int, schedule: Any = HOURLY) -> list[CronJob]:
+    return [CronJob(f"job-{n}", schedule, ROW) for n in range(number)]
 
 
-async def _register_ours() -> float:
+async def _register_ours(number: int) -> float:
     async with CronScheduler(NullTarget()) as cron:
-        jobs = _jobs()
+        jobs = _jobs(number)
         start = time.perf_counter()
         for job in jobs:
             await cron.register(job)
         return time.perf_counter() - start
 
 
-async def _register_all() -> float:
+async def _register_all(number: int) -> float:
     async with CronScheduler(NullTarget()) as cron:
-        jobs = _jobs()
+        jobs = _jobs(number)
         start = time.perf_counter()
         await cron.register_all(jobs)
         return time.perf_counter() - start
 
 
-async def _register_peer() -> float:
+async def _register_peer(number: int) -> float:
     async with _peer() as scheduler:
         start = time.perf_counter()
-        for number in range(MANY):
-            scheduler.add_job(_nothing, "cron", minute=0, second=0, id=f"job-{number}", args=(ROW,))
+        for n in range(number):
+            scheduler.add_job(_nothing, "cron", minute=0, second=0, id=f"job-{n}", args=(ROW,))
         return time.perf_counter() - start
 
 
@@ -145,56 +154,56 @@ def _memory(report: Report, options: Options) -> None:
             await cron.register(CronJob("warm", HOURLY, ROW))
             gc.collect()
             tracemalloc.start()
-            for number in range(MANY):
-                await cron.register(CronJob(f"job-{number}", HOURLY, ROW))
+            for n in range(options.jobs):
+                await cron.register(CronJob(f"job-{n}", HOURLY, ROW))
             gc.collect()
             taken, _ = tracemalloc.get_traced_memory()
             tracemalloc.stop()
             payload = ROW.nbytes + len(cron.definition("job-0"))
-            return taken / MANY - payload, len(asyncio.all_tasks())
+            return taken / options.jobs - payload, len(asyncio.all_tasks())
 
     bytes_each, tasks = run_on(options.loop, trial())
-    report.add({"way": "ours"}, "memory of a job beyond its payload", "bytes", [bytes_each], "lower")
-    report.add({"way": "ours"}, "tasks with 10,000 jobs", "", [tasks], "lower")
+    report.add({"idle": "jobs"}, "beyond its payload", "bytes a job", [bytes_each], "lower")
+    report.add({"idle": "jobs"}, "tasks", "", [tasks], "lower")
     report.at_most("memory of an idle job beyond its payload", bytes_each, 2048, "bytes")
 
 
 def _idle(report: Report, options: Options) -> None:
     async def trial() -> float:
         async with CronScheduler(NullTarget()) as cron:
-            await cron.register_all(_jobs(Interval(3600.0)))
+            await cron.register_all(_jobs(options.jobs, Interval(3600.0)))
             cpu, start = time.process_time(), time.perf_counter()
             await asyncio.sleep(options.seconds)
             return (time.process_time() - cpu) / (time.perf_counter() - start)
 
     shares = [run_on(options.loop, trial()) * 100 for _ in range(options.rounds)]
-    idle = report.add({"way": "ours"}, "CPU with 10,000 idle jobs", "% of a core", shares, "lower")
-    report.at_most("CPU with 10,000 idle jobs", idle.value, 1.0, "% of a core")
+    idle = report.add({"idle": "jobs"}, "CPU", "% of a core", shares, "lower")
+    report.at_most(f"CPU with {options.jobs:,} idle jobs", idle.value, 1.0, "% of a core")
 
 
 def _burst(report: Report, options: Options) -> None:
-    async def trial(store: Any) -> float:
-        target = NullTarget()
-        now = time.time_ns() // 1000
-        due = now + 3_000_000 + MANY * 100
-        policy = FiringPolicy(start=moment(due))
-        async with CronScheduler(target, store=store) as cron:
-            await cron.register_all(
-                CronJob(f"job-{n}", Interval(3600.0, moment(due)), ROW, firing=policy) for n in range(MANY)
-            )
-            late = asyncio.get_running_loop().time() + 60
-            while len(target.asked) < MANY and asyncio.get_running_loop().time() < late:
-                await asyncio.sleep(0.05)
-        return max(target.asked) - due / 1e6 if len(target.asked) == MANY else float("nan")
+    """All jobs due at one moment: when the last of them has been dispatched."""
 
-    memory, sqlite = [], []
+    async def trial(store: JobStore) -> float:
+        target = NullTarget(options.jobs)
+        due = time.time_ns() // 1000 + 500_000 + options.jobs * 200
+        schedule, policy = Interval(3600.0, moment(due)), FiringPolicy(start=moment(due))
+        async with CronScheduler(target, store=store) as cron:
+            await cron.register_all(CronJob(f"job-{n}", schedule, ROW, firing=policy) for n in range(options.jobs))
+            async with asyncio.timeout(60):
+                await target.all_there.wait()
+        return max(target.asked) - due / 1e6
+
+    samples: dict[str, list[float]] = {"memory": [], "SQLite": []}
     for _ in range(options.rounds):
-        memory.append(run_on(options.loop, trial(MemoryStore())))
+        samples["memory"].append(run_on(options.loop, trial(MemoryStore())))
         with tempfile.TemporaryDirectory() as folder:
-            sqlite.append(run_on(options.loop, trial(SqliteStore(Path(folder) / "cron.db"))))
-    dispatched = report.add({"store": "memory"}, "10,000 due at once: the last dispatched after", "s", memory, "lower")
-    report.add({"store": "SQLite"}, "10,000 due at once: the last dispatched after", "s", sqlite, "lower")
-    report.at_most("10,000 due at once, in memory", dispatched.value, 1.0, "s")
+            samples["SQLite"].append(run_on(options.loop, trial(SqliteStore(Path(folder) / "cron.db"))))
+    last = {
+        name: report.add({"store": name}, "all due at once, the last dispatched after", "s", took, "lower")
+        for name, took in samples.items()
+    }
+    report.at_most(f"{options.jobs:,} due at once, in memory", last["memory"].value, 1.0, "s")
 
 
 # ---------------------------------------------------------------------------------------------------- lateness
@@ -208,7 +217,7 @@ class _Watched(msgspec.Struct):
 
 
 def _lateness(report: Report, options: Options) -> None:
-    ways: dict[str, Callable[[float], Any]] = {
+    ways: dict[str, Callable[[float], Coroutine[Any, Any, _Watched]]] = {
         "bare call_at": _bare_timers,
         "ours": _our_timers,
         "APScheduler 3": _peer_timers,
@@ -278,28 +287,32 @@ async def _peer_timers(seconds: float) -> _Watched:
 
 
 def _slow_run(report: Report, options: Options) -> None:
-    """One job's run takes ten seconds; fifty others fire every half second meanwhile."""
+    """One job's run takes long; fifty others fire every half second meanwhile."""
 
     async def trial() -> list[float]:
         target = NullTarget()
         anchor = time.time_ns() // 1000
 
         async def slow(firing: Any) -> None:
-            await asyncio.sleep(SLOW_RUN)
+            await asyncio.sleep(options.slow)
 
         async with CronScheduler(target) as cron:
             await cron.register(CronJob("slow", Interval(0.5, moment(anchor)), slow))
             others = (CronJob(f"job-{n}", Interval(0.5, moment(anchor)), ROW) for n in range(50))
             await cron.register_all(others)
-            await asyncio.sleep(SLOW_RUN + 1.0)
+            await asyncio.sleep(options.slow + 1.0)
             await cron.close(0.0)
         return [(asked - anchor / 1e6) % 0.5 for asked in target.asked]
 
     late = run_on(options.loop, trial())
     worst = report.add(
-        {"beside": "a run of 10 s"}, "late p99 of the others", "ms", [percentile(late, 99) * 1e3], "lower"
+        {"beside": f"a run of {options.slow:g} s"},
+        "late p99 of the others",
+        "ms",
+        [percentile(late, 99) * 1e3],
+        "lower",
     )
-    report.at_most("p99 lateness beside a run of 10 s", worst.value, 50.0, "ms")
+    report.at_most(f"p99 lateness beside a run of {options.slow:g} s", worst.value, 50.0, "ms")
 
 
 # -------------------------------------------------------------------------------------------------- simulation

@@ -1,4 +1,4 @@
-"""Suite `cron_live`: what live requests pay for jobs that would keep the engine busy all the time, and what those get.
+"""Suite `cron-live`: what live requests pay for jobs that would keep the engine busy all the time, and what those get.
 
 One job streams requests without end in the background class; live requests come one at a time from a caller that thinks
 between them, as in suite `flood`.
@@ -59,7 +59,7 @@ def run(options: Options) -> Report:
         "seconds": options.seconds,
         "mean pause ms": options.think * 1e3,
     }
-    report = Report.begin("cron_live", settings)
+    report = Report.begin("cron-live", settings)
     overshoot = calibrate_sleep(0.005)
     for case in CASES:
         trials: dict[str, list[_Trial]] = {"none": [], "saturating": []}

@@ -159,6 +159,14 @@ def _draw_micro(report: Report, plt: Any) -> Any:
     return figure
 
 
+def _draw_store(report: Report, plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(9, 4))
+    _bars(axes, _of(report, "rate"), "contender", lambda name: _REFERENCE if name.startswith("bare") else _OURS)
+    axes.set_xscale("log")
+    axes.set_xlabel("commits, or rows, per second")
+    return figure
+
+
 def _draw_cron(report: Report, plt: Any) -> Any:
     rates = _of(report, "rate")
     contenders = _distinct(rates, "contender")
@@ -170,7 +178,29 @@ def _draw_cron(report: Report, plt: Any) -> Any:
     return figure
 
 
+def _draw_cron_scheduler(report: Report, plt: Any) -> Any:
+    figure, (late, cpu) = plt.subplots(1, 2, figsize=(9, 3))
+    colour = {"ours": _OURS, "bare call_at": _REFERENCE}
+    for axes, metric, unit in ((late, "late p99", "ms"), (cpu, "CPU", "s")):
+        measured = [m for m in _of(report, metric) if "200 jobs at 1 s" in m.labels]
+        _bars(axes, measured, "200 jobs at 1 s", lambda name: colour.get(name, _OTHERS))
+        axes.set_xlabel(f"{metric} of 200 jobs at 1 s [{unit}]")
+    return figure
+
+
+def _draw_cron_live(report: Report, plt: Any) -> Any:
+    engines = _distinct(report.measurements, "engine")
+    figure, grid = plt.subplots(1, len(engines), figsize=(5 * len(engines), 3), squeeze=False)
+    for axes, engine in zip(grid[0], engines, strict=True):
+        measured = _of(report, "live p99", engine=engine)
+        _bars(axes, measured, "jobs", lambda name: _REFERENCE if name == "none" else _OURS)
+        axes.set_title(f"{engine}: live p99 [ms]", fontsize=9)
+    return figure
+
+
 _DRAWINGS: Final[dict[str, Callable[[Report, Any], Any]]] = {
+    "cron": _draw_cron_scheduler,
+    "cron-live": _draw_cron_live,
     "cron-next": _draw_cron,
     "digits": _draw_digits,
     "flood": _draw_flood,
@@ -178,4 +208,5 @@ _DRAWINGS: Final[dict[str, Callable[[Report, Any], Any]]] = {
     "overload": _draw_overload,
     "queue10k": _draw_queue,
     "serial": _draw_serial,
+    "store": _draw_store,
 }

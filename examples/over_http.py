@@ -18,7 +18,7 @@ def post(url: str, body: dict[str, object]) -> dict[str, object]:
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "kapsl_scheduler", "serve", str(MODEL), "--port", "0"]
+    command = [sys.executable, "-m", "kapsl_scheduler", "serve", str(MODEL), "--port", "0", "--no-cron"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = server.stdout.readline().split()[2] + "/v2/models/digits/infer"

@@ -14,22 +14,40 @@ import resource
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import uvicorn
 
 from kapsl_scheduler.config import Config, ConfigError, ModelSettings, unknown_key
 from kapsl_scheduler.engines.onnx import OnnxEngine, usable_providers
-from kapsl_scheduler.errors import ModelLoadError, Overloaded, Unavailable
+from kapsl_scheduler.errors import (
+    DuplicateId,
+    InvalidExpression,
+    InvalidJob,
+    InvalidPackage,
+    ModelLoadError,
+    Overloaded,
+    StoreError,
+    Unavailable,
+)
 from kapsl_scheduler.packages import LoadedPackage, load_model
+from kapsl_scheduler.ports import CronTarget, JobStore
+from kapsl_scheduler.runtime.cron_manifest import declared_inputs
+from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
 from kapsl_scheduler.server.connection import Connection
+from kapsl_scheduler.server.cron import misfit
 from kapsl_scheduler.server.http import HttpApi
+from kapsl_scheduler.sinks import JsonLinesSink, ParquetSink, WebhookSink
+from kapsl_scheduler.sources import FolderSource
+from kapsl_scheduler.stores.memory import MemoryStore
+from kapsl_scheduler.stores.sqlite import SqliteStore
 
 __all__ = ["Listening", "serve"]
 
@@ -41,6 +59,8 @@ _NAMED_PATH: Final = re.compile(r"([\w.-]+)=(.+)")
 _KEEP_ALIVE: Final = 75
 # What a connection may still take, after the drain has failed all requests, to be told so.
 _GOODBYE: Final = 2
+# Seconds in which it is written down how the last runs of jobs have ended.
+_LAST_WORD: Final = 1.0
 # Files that the process may have open beside a connection for each request in flight: models, idle connections.
 _OTHER_FILES: Final = 1024
 
@@ -62,7 +82,7 @@ class _Source(NamedTuple):
 
 
 class _Reload(NamedTuple):
-    old: ServedModel
+    old: ServedModel | None
     task: asyncio.Task[ServedModel]
 
 
@@ -71,8 +91,9 @@ async def serve(config: Config, models: Sequence[str], *, announce: Callable[[Li
     ends the process at once.
 
     `models` are paths of packages or model files, `NAME=PATH` to choose a name. `announce` is called once, when
-    the server answers. Raises `ModelLoadError`, `ConfigError` for a configured model that is not there, and
-    `OSError` for an address that cannot be had.
+    the server answers. Raises `ModelLoadError`, also for what is wrong with the jobs of a package, `ConfigError` for a
+    configured model that is not there and for a store of the jobs that cannot be opened, `StoreError` for one that
+    fails later, and `OSError` for an address that cannot be had.
     """
     _allow_files(config.server.max_in_flight + _OTHER_FILES)
     with (
@@ -80,9 +101,14 @@ async def serve(config: Config, models: Sequence[str], *, announce: Callable[[Li
         tempfile.TemporaryDirectory(prefix="kapsl-") as workdir,
         _listen(config.server.host, config.server.port) as listener,
     ):
-        async with ModelRegistry(_start) as registry, _Models(config, registry, Path(workdir)) as loading:
+        jobs = _Jobs(config)
+        async with (
+            ModelRegistry(_start, placed=jobs.start) as registry,
+            jobs.over(registry) as cron,
+            _Models(config, registry, jobs, Path(workdir)) as loading,
+        ):
             if await _done_before(stop, loading.load(models)):
-                await _serve_http(config, registry, loading, listener, announce, stop)
+                await _serve_http(config, registry, cron, loading, listener, announce, stop)
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -95,9 +121,10 @@ class _Models:
     model.
     """
 
-    def __init__(self, config: Config, registry: ModelRegistry[_Source], workdir: Path) -> None:
+    def __init__(self, config: Config, registry: ModelRegistry[_Source], jobs: _Jobs, workdir: Path) -> None:
         self._config = config
         self._registry = registry
+        self._jobs = jobs
         self._workdir = workdir
         self._given: dict[str, str] = {}
         self._reloads: dict[str, _Reload] = {}
@@ -119,16 +146,14 @@ class _Models:
             self._given[source.name] = source.given
 
     async def reload(self, name: str) -> ServedModel:
-        """Reads a model's file again and puts what is there now in its place, without a gap.
+        """Reads a model's file again and puts what is there now in its place, without a gap, or into service again.
 
-        Whoever asked may stop waiting: it goes on. Raises `ModelNotLoaded`, `ModelLoadError` (then the old model
-        stays), `Overloaded` while the model is being loaded already and `Unavailable` once `stop` was called.
+        Whoever asked may stop waiting: it goes on. Raises `ModelNotLoaded`, `ModelLoadError` and `StoreError` (then
+        the old model and its jobs stay), `Overloaded` while the model is being loaded already and `Unavailable` once
+        `stop` was called.
         """
-        old = self._registry.get(name)
-        if self._stopping:
-            raise Unavailable("the server is closing")
-        if name in self._reloads:
-            raise Overloaded(f"model {name!r} is being loaded already")
+        old = self._registry.get(name) if name in self._registry or name not in self._given else None
+        self._check_idle(name)
         task = asyncio.create_task(self._reload(name))
         self._reloads[name] = _Reload(old, task)
         task.add_done_callback(lambda _: self._reloads.pop(name))
@@ -139,12 +164,30 @@ class _Models:
                 raise
             raise Unavailable("the server is closing") from None
 
+    async def unload(self, name: str) -> None:
+        """Takes a model and the jobs of its package out of service; what it has begun ends first. Raises
+        `ModelNotLoaded`, `StoreError`, `Overloaded` while the model is being loaded and `Unavailable` once `stop` was
+        called."""
+        self._registry.get(name)
+        self._check_idle(name)
+        await self._jobs.remove(name)
+        await self._registry.unload(name, drain=self._config.server.drain)
+        self._jobs.look_again()
+
+    def _check_idle(self, name: str) -> None:
+        if self._stopping:
+            raise Unavailable("the server is closing")
+        if name in self._reloads:
+            raise Overloaded(f"model {name!r} is being loaded already")
+
     async def _reload(self, name: str) -> ServedModel:
         try:
             _, package = await _open(self._given[name], self._workdir)
             source = _source(name, self._given[name], package, self._config)
+            if name not in self._registry:
+                return await self._registry.load(name, source)
             return await self._registry.replace(name, source, drain=self._config.server.drain)
-        except ModelLoadError as error:
+        except (ModelLoadError, StoreError) as error:
             _log.error("model %r was not replaced: %s", name, error)
             raise
 
@@ -152,7 +195,7 @@ class _Models:
         """Refuses further reloads and ends those that still load; an old model that was replaced ends its requests."""
         self._stopping = True
         for reload in self._reloads.values():
-            if reload.old in self._registry.list():
+            if reload.old is None or reload.old in self._registry.list():
                 reload.task.cancel()
 
 
@@ -174,8 +217,6 @@ async def _open_all(config: Config, models: Sequence[str], workdir: Path) -> lis
 def _source(name: str, given: str, package: LoadedPackage, config: Config) -> _Source:
     for warning in package.warnings:
         _log.warning("%s: %s", given, warning)
-    if package.manifest.cron_jobs:
-        _log.warning("%s: cron_jobs: kept, but this version does not run them", given)
     return _Source(name, given, package, config.for_model(name))
 
 
@@ -245,6 +286,112 @@ def _engine(source: _Source) -> OnnxEngine:
     )
 
 
+# -------------------------------------------------------------------------------------------------- jobs
+
+
+class _Targets:
+    """What jobs fire into: the models by name."""
+
+    def __init__(self, registry: ModelRegistry[_Source]) -> None:
+        self._registry = registry
+
+    def target(self, model: str) -> CronTarget:
+        """Raises `ModelNotLoaded`."""
+        return self._registry.get(model).scheduler
+
+
+class _Jobs:
+    """The jobs of the models: started when their package is loaded, removed when it is taken out of service. They stay
+    in the store when the server ends."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._cron: CronScheduler | None = None
+
+    @contextlib.asynccontextmanager
+    async def over(self, registry: ModelRegistry[_Source]) -> AsyncIterator[CronScheduler | None]:
+        """The scheduler of the jobs, None where there is to be none. Raises `ConfigError` for a store that cannot be
+        opened."""
+        settings = self._config.cron
+        if not settings.enabled:
+            yield None
+            return
+        cron = CronScheduler(
+            _Targets(registry),
+            store=_store(self._config),
+            allow_latency_critical=settings.allow_latency_critical,
+            adapters=_adapters,
+            max_concurrent_runs=settings.max_concurrent_runs,
+            history_keep=settings.history_keep,
+            history_max_age=settings.history_max_age,
+        )
+        try:
+            await cron.__aenter__()
+        except StoreError as error:
+            raise ConfigError([f"store: {error}; --store PATH names another, --no-cron serves without jobs"]) from error
+        self._cron = cron
+        try:
+            yield cron
+        finally:
+            await cron.close(0.0)
+
+    async def start(self, source: _Source, model: ServedModel) -> None:
+        """Starts the jobs of a package whose model is in its place, all or none of them. Raises `InvalidPackage` with
+        everything that is wrong with them, `StoreError`."""
+        manifest = source.package.manifest
+        if self._cron is None:
+            if manifest.cron_jobs:
+                _log.warning("%s: cron_jobs: not run, as the server was started with --no-cron", source.given)
+            return
+        faults = [
+            f"job '{source.name}:{job.id}': {fault}"
+            for job in manifest.cron_jobs
+            for fault in misfit(declared_inputs(job, model.info), model.info)
+        ]
+        try:
+            if faults:
+                raise InvalidJob(faults)
+            await self._cron.register_from_manifest(manifest, model=source.name)
+        except (InvalidJob, InvalidExpression, DuplicateId) as error:
+            raise InvalidPackage(getattr(error, "faults", (str(error),)), source=source.given) from error
+        self._cron.look_again()
+
+    async def remove(self, name: str) -> None:
+        """Removes the jobs that came with a model's package. Raises `StoreError`."""
+        if self._cron is not None:
+            await self._cron.unregister_package(name)
+
+    def look_again(self) -> None:
+        """A model has gone: what others want of it waits."""
+        if self._cron is not None:
+            self._cron.look_again()
+
+
+def _store(config: Config) -> JobStore:
+    named = config.cron.store
+    if named == "memory" or (named is None and config.state_directory is None):
+        return MemoryStore()
+    if named is not None:
+        return SqliteStore(Path(named).expanduser())
+    assert config.state_directory is not None
+    try:
+        config.state_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        pass  # the store says what is wrong with it
+    return SqliteStore(config.state_directory / "cron.db")
+
+
+_ADAPTERS: Final[Mapping[str, Any]] = {
+    "source": FolderSource,
+    "sink": JsonLinesSink | ParquetSink | WebhookSink,
+}
+
+
+def _adapters(kind: str, settings: Mapping[str, Any]) -> Any:
+    """The source or the sink that a stored job describes. Raises `ValueError` for settings of none of them."""
+    return msgspec.convert(settings, _ADAPTERS[kind])
+
+
 # ---------------------------------------------------------------------------------------------- the server
 
 
@@ -276,6 +423,7 @@ def _listen(host: str, port: int) -> socket.socket:
 async def _serve_http(
     config: Config,
     registry: ModelRegistry[_Source],
+    cron: CronScheduler | None,
     models: _Models,
     listener: socket.socket,
     announce: Callable[[Listening], None],
@@ -287,6 +435,8 @@ async def _serve_http(
         max_body_bytes=config.server.max_body_bytes,
         max_in_flight=config.server.max_in_flight,
         reload=models.reload,
+        unload=models.unload,
+        cron=cron,
     )
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -312,7 +462,13 @@ async def _serve_http(
         api.draining = True
         models.stop()
         server.should_exit = True
-        await asyncio.wait({serving}, timeout=config.server.drain)
+        draining = {serving}
+        if cron is not None:  # fires nothing more from here on
+            closing = group.create_task(cron.close(config.server.drain))
+            draining.add(closing)
+        await asyncio.wait(draining, timeout=config.server.drain)
+        if cron is not None:  # its runs are cut short by now, and it is being written down that it was not their model
+            await asyncio.wait({closing}, timeout=_LAST_WORD)
         # Whoever still waits now hears that the server is closing, not that the connection is gone.
         await registry.close(0)
 

@@ -1,30 +1,35 @@
 """The command line: serve, infer, models, bench, pack, demo. Words in, words and exit codes out.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage. What is not here: what the commands do. Modules that need an extra
-are imported by the command that needs them, so that every other command works without it, and starts fast.
+Exit codes: 0 done, 1 failed, 2 wrong usage. Modules that need an extra are imported by the command that needs them, so
+that every other command works without it, and starts fast. What is not here: what the commands do, and those about
+jobs (`cli_jobs`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import numpy as np
 
-from kapsl_scheduler.config import ConfigError, ModelSettings, ServerSettings, load_config
-from kapsl_scheduler.errors import EngineError, InvalidPackage, ModelNotLoaded, Unavailable
+from kapsl_scheduler.cli_frame import (
+    Commands,
+    click,
+    json_option,
+    print_json,
+    read_input,
+    read_json,
+    run_coroutine,
+    url_option,
+)
+from kapsl_scheduler.cli_jobs import explain, jobs
+from kapsl_scheduler.config import CRON_PREFIX, CronSettings, ModelSettings, ServerSettings, load_config
 from kapsl_scheduler.types import InferenceRequest, Priority, dtype_name
-
-try:
-    import click
-except ModuleNotFoundError:
-    sys.exit("The command line needs click: pip install 'kapsl-scheduler[server,onnx]'")
 
 if TYPE_CHECKING:
     from kapsl_scheduler.app import Listening
@@ -33,19 +38,19 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_DEFAULT_URL: Final = "http://127.0.0.1:8080"
-_EXTRAS: Final = frozenset({"click", "httptools", "onnxruntime", "rich", "starlette", "uvicorn"})
-_ADVICE: Final[Mapping[type[EngineError], str]] = {
-    Unavailable: "Start a server with `kapsl-scheduler serve MODEL`, or name one with --url.",
-    ModelNotLoaded: "`kapsl-scheduler models` lists what is there.",
-}
 _HELP: Final[Mapping[str, str]] = {
     "host": "Address to listen on.",
     "port": "Port to listen on; 0 takes one that is free.",
     "allow_remote": "Allow an address that other machines can reach. There is no authentication yet.",
     "max_body_bytes": "Largest request body.",
     "max_in_flight": "Most inference requests at a time, for all models together.",
-    "drain": "Seconds that requests in flight have to end after a signal.",
+    "drain": "Seconds that requests and jobs in flight have to end after a signal.",
+    "cron_enabled": "Run no jobs, and need no store for them.",
+    "cron_store": "SQLite file of the jobs and their history, or memory. [default: in the state directory]",
+    "cron_allow_latency_critical": "Let jobs run in the class of live requests.",
+    "cron_history_keep": "Runs that are kept of each job.",
+    "cron_history_max_age": "Seconds that runs are kept.",
+    "cron_max_concurrent_runs": "Most runs of jobs at a time.",
     "max_batch_size": "Most rows in one call of a model.",
     "max_queue_delay": "Seconds that requests below live ones may wait for a batch to fill.",
     "preferred_batch_sizes": "Sizes to fill batches to, such as 8,16.",
@@ -62,42 +67,18 @@ _HELP: Final[Mapping[str, str]] = {
     "workers": "Calls of one model that run side by side.",
     "threads": "Threads of one call.",
 }
+_SHORT_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {"cron_store": ("--store",)}
 
 
-class _Commands(click.Group):
-    """Turns what a command raises into one message that says what to do next."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except ConfigError as error:
-            raise click.UsageError(str(error)) from error
-        except EngineError as error:
-            advice = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), "")
-            raise click.ClickException("\n".join(filter(None, [_message(error), advice]))) from error
-        except ModuleNotFoundError as error:
-            if error.name not in _EXTRAS:
-                raise
-            message = f"{error.name} is not installed: pip install 'kapsl-scheduler[server,onnx]'"
-            raise click.ClickException(message) from error
-        except OSError as error:
-            raise click.ClickException(str(error)) from error
-
-
-def _message(error: EngineError) -> str:
-    if isinstance(error, InvalidPackage) and len(error.faults) > 1:
-        return "\n  ".join((f"{error.source}: {len(error.faults)} faults", *error.faults))
-    return str(error)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kapsl-scheduler")
 def main() -> None:
     """Answers live requests first and batches the rest behind them."""
 
 
-_url = click.option("--url", default=_DEFAULT_URL, show_default=True, help="Address of the server.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+main.add_command(jobs)
+main.add_command(explain)
+
 _input = click.option("--input", "source", metavar="FILE", help="Inputs: a .json or .npy file, or - for JSON on stdin.")
 _priority = click.option(
     "--priority",
@@ -106,30 +87,27 @@ _priority = click.option(
 )
 
 
-def _run(main: Coroutine[Any, Any, Any]) -> Any:
-    """`asyncio.run`, on uvloop where there is one: it does not exist for Windows."""
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        return asyncio.run(main)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
-
-
 # ------------------------------------------------------------------------------------------------- serve
 
 
 def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One option for each setting. Their values stay text: `config` reads them, as it reads variables."""
-    fields = (*msgspec.structs.fields(ServerSettings), *msgspec.structs.fields(ModelSettings))
-    for field in reversed(fields):
-        flag = "--" + field.name.replace("_", "-")
+    sections: tuple[tuple[str, type[msgspec.Struct]], ...] = (
+        ("", ServerSettings),
+        (CRON_PREFIX, CronSettings),
+        ("", ModelSettings),
+    )
+    fields = [(prefix + field.name, field) for prefix, kind in sections for field in msgspec.structs.fields(kind)]
+    for key, field in reversed(fields):
+        flags = ["--" + key.replace("_", "-"), *_SHORT_FLAGS.get(key, ())]
         shown = getattr(field.default, "value", field.default)
-        text = _HELP[field.name] + (f" [default: {shown}]" if shown not in (None, (), False) else "")
-        if field.type is bool:
-            option = click.option(flag, field.name, is_flag=True, default=None, help=text)
+        text = _HELP[key] + (f" [default: {shown}]" if shown not in (None, (), False, True) else "")
+        if field.default is True:
+            option = click.option("--no-" + key.removesuffix("_enabled"), key, flag_value="false", help=text)
+        elif field.type is bool:
+            option = click.option(*flags, key, is_flag=True, default=None, help=text)
         else:
-            option = click.option(flag, field.name, metavar="VALUE", help=text)
+            option = click.option(*flags, key, metavar="VALUE", help=text)
         command = option(command)
     return command
 
@@ -147,7 +125,7 @@ def serve(models: tuple[str, ...], file: Path | None, **flags: Any) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = load_config(flags=flags, environment=os.environ, file=file)
-    _run(app.serve(config, models, announce=_announce))
+    run_coroutine(app.serve(config, models, announce=_announce))
 
 
 def _announce(listening: Listening) -> None:
@@ -162,8 +140,8 @@ def _announce(listening: Listening) -> None:
 @_input
 @_priority
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that the answer may take.")
-@_url
-@_json
+@url_option
+@json_option
 def infer(model: str, source: str | None, priority: str | None, timeout: float | None, url: str, as_json: bool) -> None:
     """Send one request to MODEL and print its answer.
 
@@ -171,7 +149,7 @@ def infer(model: str, source: str | None, priority: str | None, timeout: float |
     """
     if source is None:
         raise click.UsageError("--input FILE is missing; - reads JSON from stdin")
-    reply: InferReply = _run(_infer(model, _read_input(source), _class(priority), timeout, url))
+    reply: InferReply = run_coroutine(_infer(model, read_input(source), _class(priority), timeout, url))
     if as_json:
         click.echo(msgspec.json.encode({name: array.tolist() for name, array in reply.outputs.items()}))
         return
@@ -198,13 +176,13 @@ async def _infer(model: str, given: Any, priority: Priority | None, timeout: flo
 
 
 @main.command()
-@_url
-@_json
+@url_option
+@json_option
 def models(url: str, as_json: bool) -> None:
     """List the models of a server with their inputs, outputs and what they have done."""
-    entries = _run(_describe_models(url))
+    entries = run_coroutine(_describe_models(url))
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(entries)))
+        print_json(entries)
         return
     for entry in entries:
         click.echo(f"{entry['name']}  version {entry['version']}  {entry['state'].lower()}")
@@ -240,8 +218,8 @@ async def _describe_models(url: str) -> list[dict[str, Any]]:
 @click.option("--connections", type=click.IntRange(min=1), default=32, show_default=True, help="Callers at a time.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
 @click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True, help="Rows of a request.")
-@_url
-@_json
+@url_option
+@json_option
 def bench(
     model: str,
     source: str | None,
@@ -256,8 +234,8 @@ def bench(
 
     Without --input the inputs are random numbers of the model's shapes. Exits with 1 if a request failed.
     """
-    given = None if source is None else _read_input(source)
-    tally: LoadTally = _run(_bench(model, given, _class(priority), connections, seconds, rows, url))
+    given = None if source is None else read_input(source)
+    tally: LoadTally = run_coroutine(_bench(model, given, _class(priority), connections, seconds, rows, url))
     summary = tally.summary(seconds)
     if as_json:
         click.echo(msgspec.json.encode(summary))
@@ -325,7 +303,7 @@ def pack(model: Path, output: Path, manifest: Path | None, extra: tuple[Path, ..
     """Write MODEL (an .onnx file) as an .aimod package."""
     from kapsl_scheduler.packages import build_package
 
-    keys = _read_json(manifest.read_bytes(), str(manifest)) if manifest else {}
+    keys = read_json(manifest.read_bytes(), str(manifest)) if manifest else {}
     if not isinstance(keys, dict):
         raise click.ClickException(f"{manifest}: expected a JSON object with keys of the manifest")
     if "extra_files" in keys:  # no key of a manifest, but the name of an argument
@@ -335,15 +313,15 @@ def pack(model: Path, output: Path, manifest: Path | None, extra: tuple[Path, ..
 
 
 @main.command()
-@click.option("--seconds", type=click.FloatRange(min=1), default=20.0, show_default=True, help="How long to send.")
+@click.option("--seconds", type=click.FloatRange(min=4), default=20.0, show_default=True, help="How long to send.")
 @click.option("--serve", "only_serve", is_flag=True, help="Serve the digits model until interrupted.")
 def demo(seconds: float, only_serve: bool) -> None:
-    """Serve the digits model and send it real images, live and in bulk, at the same time."""
+    """Serve the digits model and send it real images, live and in bulk, while a job of its package fires."""
     from kapsl_scheduler.demo.run import PACKAGE, run
 
     if only_serve:
-        click.get_current_context().invoke(serve, models=(str(PACKAGE),), file=None)
-    elif not _run(run(seconds)):
+        click.get_current_context().invoke(serve, models=(str(PACKAGE),), file=None, cron_store="memory")
+    elif not run_coroutine(run(seconds)):
         sys.exit(1)
 
 
@@ -352,21 +330,3 @@ def demo(seconds: float, only_serve: bool) -> None:
 
 def _class(name: str | None) -> Priority | None:
     return None if name is None else Priority[name.upper()]
-
-
-def _read_input(source: str) -> Any:
-    if source.endswith(".npy"):
-        try:
-            return np.load(source, allow_pickle=False)
-        except ValueError as error:
-            raise click.ClickException(f"{source}: is not an array: {error}") from error
-    if source == "-":
-        return _read_json(sys.stdin.buffer.read(), "stdin")
-    return _read_json(Path(source).read_bytes(), source)
-
-
-def _read_json(data: bytes, where: str) -> Any:
-    try:
-        return msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
-        raise click.ClickException(f"{where}: is not JSON: {error}") from error

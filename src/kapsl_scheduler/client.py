@@ -8,13 +8,14 @@ retries (a call whose connection is lost may have run) and streaming.
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, TypeVar, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import httptools
 import msgspec
@@ -47,7 +48,10 @@ _ERRORS: Final[Mapping[str, type[errors.EngineError]]] = {
         errors.ResourceExhausted,
         errors.Unavailable,
     )
-} | {errors.InvalidPackage.code: errors.ModelLoadError}  # its faults come as one text
+}
+_PLAIN_CRON_ERRORS: Final[Mapping[str, type[errors.CronError]]] = {
+    error.code: error for error in (errors.CronError, errors.DuplicateId, errors.NotFound, errors.StoreError)
+}
 
 
 Decoded = TypeVar("Decoded")
@@ -57,6 +61,13 @@ class _ErrorBody(msgspec.Struct):
     error: str = ""
     code: str = ""
     retry_after: float | None = None
+    faults: tuple[str, ...] = ()
+    # of an expression: where it is wrong
+    text: str = ""
+    field: str | None = None
+    token: str = ""
+    position: int = 0
+    hint: str | None = None
 
 
 class _Answer(NamedTuple):
@@ -67,8 +78,9 @@ class _Answer(NamedTuple):
 class Client:
     """Calls a server at `url` (`http://` or `https://`, and a path if the server is behind one).
 
-    Every method raises the error that the server named, with its type, and `Unavailable` where there is no
-    server or where it went away. Cancelling a call closes its connection, which cancels it on the server.
+    Every method raises the error that the server named, with its type (an `EngineError` or a `CronError`), and
+    `Unavailable` where there is no server or where it went away. Cancelling a call closes its connection, which
+    cancels it on the server.
     """
 
     def __init__(self, url: str) -> None:
@@ -137,6 +149,10 @@ class Client:
         answer, which comes when the old model has ended its requests, is as one of `models`."""
         return self._decoded(await self.post(_repository_path(model, "/load"), b""), dict[str, Any])
 
+    async def unload(self, model: str) -> None:
+        """Takes a model and the jobs of its package out of service; the answer comes when it has ended its requests."""
+        await self.post(_repository_path(model, "/unload"), b"")
+
     async def metadata(self, model: str) -> dict[str, Any]:
         """Name, versions, platform, inputs and outputs of one model."""
         return await self.get(_model_path(model))
@@ -146,6 +162,76 @@ class Client:
         answer = await self.get(_model_path(model, "/stats"))
         statistics: dict[str, Any] = answer["model_stats"][0]
         return statistics
+
+    # ---------------------------------------------------------------------------------------------- jobs
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        """All jobs by id, with what has become of their firings."""
+        found: list[dict[str, Any]] = []
+        after = ""
+        while True:
+            page = await self.get("/v2/cron/jobs" + _query(limit=1000, after=after))
+            found += page["jobs"]
+            if page["next"] is None:
+                return found
+            after = page["next"]
+
+    async def job(self, id: str) -> dict[str, Any]:
+        """One job, with its `definition`."""
+        return await self.get(_job_path(id))
+
+    async def put_job(self, id: str, definition: bytes) -> dict[str, Any]:
+        """Makes a job as its definition (JSON text) says, or puts that in the place of the one it has."""
+        return self._decoded(await self._call(b"PUT", _job_path(id), definition), dict[str, Any])
+
+    async def remove_job(self, id: str, *, cancel: bool = False) -> None:
+        """Forgets a job; what runs goes on to its end, or with `cancel` is cancelled."""
+        await self._call(b"DELETE", _job_path(id) + _query(cancel=cancel), b"")
+
+    async def pause_job(self, id: str, reason: str = "") -> dict[str, Any]:
+        """Lets a job fire no more until it is resumed."""
+        return await self._order(id, "/pause", {"reason": reason})
+
+    async def resume_job(self, id: str, *, catch_up: bool = False) -> dict[str, Any]:
+        """Lets a job fire again; with `catch_up` also for what was due meanwhile, by its misfire rule."""
+        return await self._order(id, "/resume", {"catch_up": catch_up})
+
+    async def trigger_job(self, id: str, origin: str | None = None) -> dict[str, Any]:
+        """Lets a job fire once, now; asked for twice under one `origin` it is one run. Returns the run."""
+        return await self._order(id, "/trigger", {"origin": origin})
+
+    async def backfill_job(
+        self, id: str, start: dt.datetime, end: dt.datetime, *, concurrency: int = 1, origin: str | None = None
+    ) -> dict[str, Any]:
+        """Lets a job fire for every occurrence from `start` to before `end`. Returns the origin of the runs and their
+        number."""
+        order = {"start": start, "end": end, "concurrency": concurrency, "origin": origin}
+        return await self._order(id, "/backfill", order)
+
+    async def preview_job(self, id: str, number: int = 5) -> list[str]:
+        """When a job is due next."""
+        times: list[str] = (await self.get(_job_path(id, "/preview") + _query(n=number)))["next"]
+        return times
+
+    async def runs(
+        self,
+        id: str | None = None,
+        *,
+        limit: int = 100,
+        before: int | None = None,
+        states: Sequence[str] = (),
+        origin: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """The runs of a job, or of all, the newest first."""
+        query = _query(limit=limit, before=before, state=",".join(states), origin=origin)
+        answer = await self.get(("/v2/cron/runs" if id is None else _job_path(id, "/runs")) + query)
+        runs: list[dict[str, Any]] = answer["runs"]
+        return runs
+
+    async def _order(self, id: str, what: str, order: dict[str, Any]) -> dict[str, Any]:
+        return self._decoded(await self.post(_job_path(id, what), msgspec.json.encode(order)), dict[str, Any])
+
+    # ------------------------------------------------------------------------------------------ any route
 
     async def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path."""
@@ -200,12 +286,39 @@ def _repository_path(model: str, rest: str) -> str:
     return f"/v2/repository/models/{quote(model, safe='')}{rest}"
 
 
-def _error(answer: _Answer) -> errors.EngineError:
+def _job_path(id: str, rest: str = "") -> str:
+    return f"/v2/cron/jobs/{quote(id, safe='')}{rest}"
+
+
+def _query(**parameters: Any) -> str:
+    given = {
+        name: str(value).lower() if isinstance(value, bool) else value
+        for name, value in parameters.items()
+        if value not in (None, "")
+    }
+    return f"?{urlencode(given)}" if given else ""
+
+
+def _error(answer: _Answer) -> errors.EngineError | errors.CronError:
     try:
         said = msgspec.json.decode(answer.body, type=_ErrorBody)
     except msgspec.DecodeError:
         said = _ErrorBody()
     message = said.error or f"the server answered with status {answer.status}"
+    if said.code == errors.InvalidPackage.code:
+        return errors.ModelLoadError(message)  # its faults are in its text
+    if said.code == errors.InvalidJob.code:
+        return errors.InvalidJob(said.faults or (message,))
+    if said.code == errors.InvalidExpression.code:
+        where = {"field": said.field, "token": said.token, "position": said.position}
+        return errors.InvalidExpression(
+            message.removesuffix(f"; {said.hint}"),
+            text=said.text,
+            hint=said.hint,
+            **where,  # type: ignore[arg-type]
+        )
+    if (kind := _PLAIN_CRON_ERRORS.get(said.code)) is not None:
+        return kind(message)
     return _ERRORS.get(said.code, errors.EngineError)(message, retry_after=said.retry_after)
 
 

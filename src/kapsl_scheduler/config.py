@@ -2,8 +2,9 @@
 
 What is not here: what the settings are used for (`app`) and the options' help texts (`cli`).
 
-A file is TOML: `[server]`, `[model]` for every model, `[models.NAME]` for one. The environment has the same keys
-as `KAPSL_<KEY>`; a flag or a variable that sets a key of `[model]` sets it for every model.
+A file is TOML: `[server]`, `[cron]`, `[model]` for every model, `[models.NAME]` for one. The environment has the same
+keys as `KAPSL_<KEY>`, those of `[cron]` as `KAPSL_CRON_<KEY>`; a flag or a variable that sets a key of `[model]` sets
+it for every model.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from kapsl_scheduler.core.batch import BatchPolicy
 from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
 from kapsl_scheduler.types import Priority
 
-__all__ = ["Config", "ConfigError", "ModelSettings", "ServerSettings", "load_config"]
+__all__ = ["CRON_PREFIX", "Config", "ConfigError", "CronSettings", "ModelSettings", "ServerSettings", "load_config"]
 
 _PREFIX: Final = "KAPSL_"
 _FILE_VARIABLE: Final = "KAPSL_CONFIG"
+CRON_PREFIX: Final = "cron_"
+"""What stands before the keys of `[cron]` where there are no sections: in flags and variables."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -50,6 +53,19 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     # Well above a model's queue and those that wait for room in it: a full queue refuses with better advice.
     max_in_flight: _Count = 4096
     drain: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 10.0
+
+
+class CronSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The jobs. `store` is where they and their history are kept: the path of an SQLite file, `memory`, or None for a
+    file in the state directory. Of each job the last `history_keep` runs are kept, for up to `history_max_age`
+    seconds. `allow_latency_critical` lets jobs run in the class of live requests."""
+
+    enabled: bool = True
+    store: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    allow_latency_critical: bool = False
+    history_keep: _Count = 1000
+    history_max_age: Annotated[float, msgspec.Meta(gt=0)] = 30 * 86_400.0
+    max_concurrent_runs: _Count = 256
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,9 +116,12 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that was configured. `models` has the models that the file names; `model` is for the others."""
+    """Everything that was configured. `models` has the models that the file names; `model` is for the others.
+    `state_directory` is where a server keeps what is to outlive it; None: nothing does."""
 
     server: ServerSettings = ServerSettings()
+    cron: CronSettings = CronSettings()
+    state_directory: Path | None = None
     model: ModelSettings = ModelSettings()
     models: Mapping[str, ModelSettings] = {}
 
@@ -118,7 +137,7 @@ class _Given(NamedTuple):
 
 
 _Layer = dict[str, _Given]
-Settings = TypeVar("Settings", ServerSettings, ModelSettings)
+Settings = TypeVar("Settings", ServerSettings, CronSettings, ModelSettings)
 
 
 def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> Config:
@@ -133,6 +152,7 @@ def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], fil
     named = environment.get(_FILE_VARIABLE)
     tables = _read_toml(file or (Path(named) if named else None), faults)
     server = _settings(ServerSettings, tables.server | _only(overriding, ServerSettings), faults)
+    cron = _settings(CronSettings, tables.cron | _only(overriding, CronSettings, CRON_PREFIX), faults)
     of_all = _only(overriding, ModelSettings)
     model = _settings(ModelSettings, tables.model | of_all, faults)
     models = {
@@ -147,9 +167,20 @@ def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], fil
         raise ConfigError(dict.fromkeys(faults))
     return Config(
         server=server or ServerSettings(),
+        cron=cron or CronSettings(),
+        state_directory=_state_directory(environment),
         model=model or ModelSettings(),
         models={name: settings for name, settings in models.items() if settings is not None},
     )
+
+
+def _state_directory(environment: Mapping[str, str]) -> Path:
+    """Where programs keep state by the XDG rules: a relative path in the variable counts as none."""
+    named = Path(environment.get("XDG_STATE_HOME", ""))
+    if not named.is_absolute():
+        home = environment.get("HOME")
+        named = (Path(home) if home else Path("~").expanduser()) / ".local" / "state"
+    return named / "kapsl-scheduler"
 
 
 def unknown_key(where: str, key: str, valid: Iterable[str]) -> str:
@@ -164,6 +195,7 @@ def unknown_key(where: str, key: str, valid: Iterable[str]) -> str:
 
 class _Tables(NamedTuple):
     server: _Layer
+    cron: _Layer
     model: _Layer
     models: dict[str, _Layer]
 
@@ -172,12 +204,13 @@ def _keys(settings: type[msgspec.Struct]) -> tuple[str, ...]:
     return settings.__struct_fields__
 
 
-def _only(layer: _Layer, settings: type[msgspec.Struct]) -> _Layer:
-    return {key: given for key, given in layer.items() if key in _keys(settings)}
+def _only(layer: _Layer, settings: type[msgspec.Struct], prefix: str = "") -> _Layer:
+    return {key: layer[prefix + key] for key in _keys(settings) if prefix + key in layer}
 
 
 def _from_environment(environment: Mapping[str, str], faults: list[str]) -> _Layer:
-    valid = {_PREFIX + key.upper(): key for key in (*_keys(ServerSettings), *_keys(ModelSettings))}
+    of_cron = [CRON_PREFIX + key for key in _keys(CronSettings)]
+    valid = {_PREFIX + key.upper(): key for key in (*_keys(ServerSettings), *of_cron, *_keys(ModelSettings))}
     layer = {}
     for variable, value in environment.items():
         if not variable.startswith(_PREFIX) or variable == _FILE_VARIABLE:
@@ -190,7 +223,7 @@ def _from_environment(environment: Mapping[str, str], faults: list[str]) -> _Lay
 
 
 def _read_toml(file: Path | None, faults: list[str]) -> _Tables:
-    tables = _Tables({}, {}, {})
+    tables = _Tables({}, {}, {}, {})
     if file is None:
         return tables
     try:
@@ -210,6 +243,8 @@ def _read_toml(file: Path | None, faults: list[str]) -> _Tables:
                 tables.models[name] = _from_table(f"{where}.{name}", inner, ModelSettings, faults)
         elif section == "server":
             tables.server.update(_from_table(where, table, ServerSettings, faults))
+        elif section == "cron":
+            tables.cron.update(_from_table(where, table, CronSettings, faults))
         else:
             tables.model.update(_from_table(where, table, ModelSettings, faults))
     return tables

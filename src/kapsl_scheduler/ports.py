@@ -281,12 +281,15 @@ class SourceItem(msgspec.Struct, frozen=True):
     progress: float | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a firing's requests come from. Its settings are its fields (a `msgspec.Struct` with a tag), so that a job
     can be stored; it holds nothing else.
 
-    `items` runs in a thread of its own and may block. `memory` is what was remembered of earlier items, also over
-    restarts: an interrupted run goes on behind them. Closing the iterator frees what it holds.
+    `items` runs in a thread of its own and may block; what makes the whole source useless is raised by the call
+    itself. `memory` is what was remembered of earlier items, also over restarts: an interrupted run goes on behind
+    them. A job has one memory: a source's keys begin with `source:`, a sink's with `sink:`, and neither touches
+    others. Closing the iterator frees what it holds.
     """
 
     def items(self, firing: Firing, memory: Mapping[str, str]) -> Iterator[SourceItem]: ...
@@ -308,18 +311,26 @@ class SinkItem(msgspec.Struct, frozen=True):
 
 @runtime_checkable
 class SinkWriter(Protocol):
-    """The results of one attempt of a run, in the order of its requests. All calls run in a thread, one at a time."""
+    """The results of one attempt of a run, in the order of its requests. All calls run in a thread, one at a time.
+
+    After a call that raised only `close` is called.
+    """
 
     def write(self, items: Sequence[SinkItem]) -> None: ...
 
     def flush(self) -> Mapping[str, str | None]:
-        """All that was written is where it belongs, for good. Returns what the sink wants remembered with it."""
+        """All that was written is where it belongs, for good. Returns what the sink wants remembered with it.
+
+        The first `flush` comes before the first `write`, so that where a run began is remembered too: a run that is
+        cut short before its next `flush` is resumed from there.
+        """
 
     def close(self) -> None:
         """After the last `flush`, or after a failure: let go of files and connections. What was written since the last
         `flush` may be lost, but nothing that was flushed."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where a firing's answers go. Its settings are its fields, as with a source.
 

@@ -91,7 +91,10 @@ SHORT = {
         "0.3",
     ],
     "queue10k": ["--loops", "asyncio"],
+    "store": ["--callers", "1,8", "--jobs", "100", "--seconds", "0.1"],
     "cron-next": [],
+    "cron": ["--loops", "asyncio", "--jobs", "100", "--seconds", "1.2"],
+    "cron-live": ["--loops", "asyncio", "--seconds", "0.3", "--warmup", "0.1"],
 }
 
 

@@ -1,23 +1,20 @@
-"""One contract for every store. `STORES` says how each is made in a folder of its own."""
+"""One contract for every store. `STORES` says how each is made in a folder of its own; a new one is a line there."""
 
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kapsl_scheduler.core.runs import SCHEDULE, Backfill, Change, JobRecord, JobState, LastRun, Run, RunState
 from kapsl_scheduler.errors import StoreError
 from kapsl_scheduler.ports import Committed, Exists, JobStore, RunQuery, Stale
 from kapsl_scheduler.stores import MemoryStore, SqliteStore
-from tests.contract.naive_store import NaiveStore
+from tests.contract.store_machine import StoreMachine
 
 STORES: dict[str, Callable[[Path], JobStore]] = {
     "memory": lambda folder: MemoryStore(),
@@ -396,6 +393,13 @@ async def test_of_each_job_the_newest_ended_runs_are_kept(store: JobStore) -> No
     await add(store, ended(1))  # what is deleted can come anew
 
 
+async def test_runs_that_ended_later_than_they_were_created_count_as_the_others(store: JobStore) -> None:
+    await add(store, *(run(n) for n in range(4)))
+    await commit(store, updated=tuple(ended(n) for n in range(4) if n != 1))
+    assert await store.prune(keep=1, before=0) == 2
+    assert await nominals(store) == [3, 1]
+
+
 async def test_runs_that_ended_long_ago_are_deleted(store: JobStore) -> None:
     missed = RunState.MISSED
     await add(store, ended(1, ended=50), ended(2, ended=10), ended(3, missed, ended=None, due=9), run(4), ended(5))
@@ -404,6 +408,11 @@ async def test_runs_that_ended_long_ago_are_deleted(store: JobStore) -> None:
     assert await store.prune(keep=10, before=11) == 1
     assert await store.prune(keep=10, before=2**60) == 1
     assert await nominals(store) == [4]
+
+
+async def test_old_runs_count_among_the_newest_that_are_kept(store: JobStore) -> None:
+    await add(store, ended(1, ended=50), ended(2, ended=10))
+    assert await store.prune(keep=1, before=20) == 2  # the first for the number, the second for its age
 
 
 async def test_many_runs_go_and_the_rest_is_still_found(store: JobStore) -> None:
@@ -480,154 +489,6 @@ async def test_an_instant_store_never_suspends(store: JobStore) -> None:
     for call in (store.jobs(), store.commit([Change(job="a", expected=None, created=(run(1),))]), store.beat("me")):
         with pytest.raises(StopIteration):
             call.send(None)
-
-
-# --------------------------------------------------------------------------------- against a naive model
-
-JOBS = ("a", "b", "ä")
-OWNERS = ("", "p1", "p2")
-ORIGINS = (SCHEDULE, "t1")
-few = st.integers(0, 4)
-states = st.builds(JobState, anchor=few, cursor=few, due=few, paused=st.sampled_from(["", "by hand"]))
-memories = st.dictionaries(st.sampled_from(["x", "y"]), st.none() | st.text(max_size=3), max_size=2)
-outcomes = st.sampled_from(RunState)
-any_run = st.fixed_dictionaries(
-    {
-        "nominal": few,
-        "origin": st.sampled_from(ORIGINS),
-        "state": outcomes,
-        "first": few,
-        "due": few,
-        "ended": st.none() | few,
-        "owner": st.sampled_from(OWNERS),
-        "limit": st.sampled_from([0, 0, 2]),
-        "error": st.text(max_size=3),
-    }
-)
-queries = st.builds(
-    RunQuery,
-    job=st.none() | st.sampled_from(JOBS),
-    states=st.lists(outcomes, max_size=3).map(tuple),
-    origin=st.none() | st.sampled_from(ORIGINS),
-    owner=st.none() | st.sampled_from(OWNERS),
-    before=st.none() | st.integers(0, 40),
-    after=st.none() | st.integers(0, 40),
-    oldest_first=st.booleans(),
-    outside_backfills=st.booleans(),
-    limit=st.integers(0, 6),
-)
-
-
-class StoreMachine(RuleBasedStateMachine):
-    """Each step is taken by the store and by its model; whatever they say must agree."""
-
-    make: Callable[[Path], JobStore]
-
-    @initialize()
-    def start(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="kapsl-")
-        self.runner = asyncio.Runner()
-        self.store = type(self).make(Path(self.folder.name))
-        self.model = NaiveStore()
-        self.do(self.store.open())
-
-    def do(self, call: Any) -> Any:
-        return self.runner.run(call)
-
-    @rule(data=st.data(), count=st.sampled_from([1, 1, 1, 2, 3]))
-    def commit(self, data: st.DataObject, count: int) -> None:
-        changes = [self.change(data) for _ in range(count)]
-        results = self.do(self.store.commit(changes))
-        assert len(results) == count
-        for change, result in zip(changes, results, strict=True):
-            self.model.check(change, result)
-
-    def change(self, data: st.DataObject) -> Change:
-        """Mostly one that fits; every part of it may be wrong."""
-        job = data.draw(st.sampled_from(JOBS))
-        record = self.model.jobs.get(job)
-        right = record.version if record else 0
-        expected = data.draw(st.sampled_from([right, right, right, None, 0, max(right - 1, 0)]))
-        state = data.draw(st.none() | states)
-        definition = data.draw(st.none() | st.binary(max_size=3))
-        remove = data.draw(st.sampled_from([False, False, False, True]))
-        if expected is None:
-            state, definition, remove = None, None, False
-        elif expected == 0 and (state is None or definition is None):
-            state, definition = STATE, b"{}"
-        created = [Run(job=job, **fields) for fields in data.draw(st.lists(any_run, max_size=2))]
-        updated = []
-        open_runs = [run for run in self.model.runs if run.state.open and run.job == job]
-        for fields in data.draw(st.lists(any_run, max_size=2)):
-            if open_runs and data.draw(st.sampled_from([True, True, False])):
-                before = data.draw(st.sampled_from(open_runs))
-                fields = {**fields, "nominal": before.nominal, "origin": before.origin}
-                fields["owner"] = data.draw(st.sampled_from([before.owner, fields["owner"]]))
-            updated.append(Run(job=job, **fields))
-        return Change(
-            job=job,
-            expected=expected,
-            state=state,
-            definition=definition,
-            remove=remove,
-            created=tuple(created),
-            updated=tuple(updated),
-            taken_from=data.draw(st.sampled_from([None, *OWNERS])),
-            memory=data.draw(memories),
-        )
-
-    @rule(query=queries)
-    def ask(self, query: RunQuery) -> None:
-        assert self.do(self.store.runs(query)) == self.model.select(query)
-
-    @rule(ids=st.lists(st.sampled_from([*JOBS, "nobody"]), max_size=3))
-    def some_jobs(self, ids: list[str]) -> None:
-        expected = [self.model.jobs[job] for job in JOBS if job in self.model.jobs and job in ids]
-        assert self.do(self.store.jobs(ids)) == expected
-
-    @rule(keep=few, before=few)
-    def prune(self, keep: int, before: int) -> None:
-        assert self.do(self.store.prune(keep=keep, before=before)) == self.model.prune(keep, before)
-
-    @rule(owner=st.sampled_from(OWNERS))
-    def beat(self, owner: str) -> None:
-        self.do(self.store.beat(owner))
-        self.model.beats[owner] = self.model.beats.get(owner, 0) + 1
-
-    @rule(owner=st.sampled_from(OWNERS))
-    def forget(self, owner: str) -> None:
-        self.do(self.store.forget(owner))
-        self.model.beats.pop(owner, None)
-
-    @rule(compact=st.booleans())
-    def open_again(self, compact: bool) -> None:
-        if compact:
-            self.do(self.store.compact())
-        self.do(self.store.close())
-        self.do(self.store.open())
-
-    @invariant()
-    def agree(self) -> None:
-        if hasattr(self, "store"):
-            self.do(self.compare())
-
-    async def compare(self) -> None:
-        store, model = self.store, self.model
-        assert await store.jobs() == [model.jobs[job] for job in JOBS if job in model.jobs]
-        assert await store.versions() == {job: record.version for job, record in model.jobs.items()}
-        assert await store.runs(RunQuery(limit=1000)) == model.runs[::-1]
-        assert await store.beats() == model.beats
-        for job in JOBS:
-            assert await store.memory(job) == model.memories.get(job, {})
-        for run in model.runs[-1:]:
-            assert await store.run(*run.key) == run
-            assert await store.numbered(run.number) == run
-
-    def teardown(self) -> None:
-        if hasattr(self, "store"):
-            self.do(self.store.close())
-            self.runner.close()
-            self.folder.cleanup()
 
 
 @pytest.mark.slow

@@ -147,9 +147,14 @@ async def test_a_configured_model_that_is_not_served_is_a_fault(tmp_path: Path) 
 
 
 async def test_the_demo_ends_by_itself_with_right_answers() -> None:
-    code, printed, said = await run("demo", "--seconds", "1")
+    code, printed, said = await run("demo", "--seconds", "4")
 
     assert (code, said) == (0, "")
+    assert "What it cost live requests: p50" in printed
+    assert "ms while it fired (" in printed
+    assert "ms while it was paused (" in printed
+    (row,) = [line for line in printed.splitlines() if "digits:heartbeat" in line]
+    assert int(row.split("│")[2]) >= 1
     assert "live" in printed
     assert "throughput" in printed
     assert "rows on average" in printed

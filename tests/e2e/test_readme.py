@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 async def test_the_first_snippet_answers_a_digit(
@@ -31,7 +33,31 @@ async def test_the_first_snippet_answers_a_digit(
 
 @pytest.mark.slow
 def test_the_program_runs_by_itself() -> None:
-    assert len(BLOCKS) == 2
-    done = subprocess.run([sys.executable, "-c", BLOCKS[1]], check=False, capture_output=True, text=True, timeout=60)
+    assert len(BLOCKS) == 3
+    assert run(BLOCKS[1]).startswith("[[2. 2. 2. 2.]] 100 ")
+
+
+@pytest.mark.slow
+def test_the_jobs_fire() -> None:
+    assert run(BLOCKS[2]).splitlines() == [
+        "often [[2. 2. 2. 2.]]",
+        "3 nights to come",
+        "At 03:00:00 every day, Europe/Zurich time",
+    ]
+
+
+@pytest.mark.slow
+def test_what_explain_prints_is_what_stands_there() -> None:
+    shown = re.findall(r"^\$ kapsl-scheduler (explain .*)\n((?:(?!```|\$ ).*\n)+)", README, re.MULTILINE)
+    assert len(shown) == 2
+    for arguments, printed in shown:
+        command = [sys.executable, "-m", "kapsl_scheduler", *shlex.split(arguments)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        said = (done.stdout + done.stderr).splitlines()
+        assert [line.rstrip() for line in said] == printed.splitlines()
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("[[2. 2. 2. 2.]] 100 ")
+    return done.stdout

@@ -413,9 +413,9 @@ async def test_a_trigger_obeys_the_overlap_policy() -> None:
 async def test_some_names_are_no_origins(origin: str) -> None:
     async with cron_over() as cron:
         await cron.register(a_job())
-        with pytest.raises(InvalidJob, match=r"trigger\.origin: expected a name"):
+        with pytest.raises(InvalidJob, match=r"origin: expected 1 to 200 printable"):
             await cron.trigger("job", origin=origin)
-        with pytest.raises(InvalidJob, match=r"backfill\.origin: expected a name"):
+        with pytest.raises(InvalidJob, match=r"origin: expected 1 to 200 printable"):
             await cron.backfill("job", at(-600), at(0), origin=origin)
 
 

@@ -463,10 +463,15 @@ async def test_a_run_goes_on_under_the_definition_it_began_with() -> None:
 @virtual
 async def test_an_error_of_the_scheduler_itself_ends_its_run(caplog: pytest.LogCaptureFixture) -> None:
     class Odd:
-        def target(self, model: str) -> Any:
-            raise SystemError("what now")
+        broken = False
 
-    async with cron_over(Odd()) as cron:
+        def target(self, model: str) -> Any:
+            if self.broken:
+                raise SystemError("what now")
+
+    odd = Odd()
+    async with cron_over(odd) as cron:
         await cron.register(a_job(model="m"))
+        odd.broken = True
         run = await run_ended(cron)
         assert (outcome(run), run.error) == (("failed", "error"), "SystemError: what now")

@@ -276,3 +276,75 @@ async def test_no_request_fails_while_models_are_replaced_under_load() -> None:
             stop.set()
 
     assert set(answers) == set(range(10))
+
+
+# ---------------------------------------------------------------------------- what belongs to a model beside it
+
+
+class Beside:
+    """What is called when a model is in its place; it fails when it is told to."""
+
+    def __init__(self) -> None:
+        self.registry = ModelRegistry[Any](self.start, placed=self.placed)
+        self.seen: list[tuple[Any, bool]] = []
+        self.error: Exception | None = None
+        self.wait = asyncio.Event()
+        self.wait.set()
+
+    async def start(self, source: Any) -> Any:
+        return source
+
+    async def placed(self, source: Any, model: Any) -> None:
+        self.seen.append((source, self.registry.get(model.name) is model))
+        await self.wait.wait()
+        if self.error is not None:
+            raise self.error
+
+
+async def test_what_belongs_to_a_model_is_placed_before_the_old_one_is_closed() -> None:
+    beside, old, new = Beside(), FakeScheduler("1"), FakeScheduler("2")
+    await beside.registry.load("m", old)
+    beside.wait.clear()
+    replacing = asyncio.create_task(beside.registry.replace("m", new))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert old.closed_with is None
+    beside.wait.set()
+    await replacing
+
+    assert beside.seen == [(old, True), (new, True)]
+    assert old.closed_with is not None
+
+
+async def test_a_model_whose_belongings_are_refused_is_not_there() -> None:
+    beside, old, new = Beside(), FakeScheduler("1"), FakeScheduler("2")
+    beside.error = ModelLoadError("its jobs are wrong")
+    with pytest.raises(ModelLoadError, match="its jobs are wrong"):
+        await beside.registry.load("m", old)
+    assert old.closed_with is not None
+    assert beside.registry.list() == []
+
+    beside.error = None
+    kept = await beside.registry.load("m", FakeScheduler("1"))
+    beside.error = ModelLoadError("its jobs are wrong")
+    with pytest.raises(ModelLoadError):
+        await beside.registry.replace("m", new)
+    assert beside.registry.list() == [kept]
+    assert (new.closed_with is not None, kept.scheduler.closed_with) == (True, None)  # type: ignore[attr-defined]
+
+
+async def test_a_registry_that_closes_meanwhile_closes_both() -> None:
+    beside, old, new = Beside(), FakeScheduler("1"), FakeScheduler("2")
+    await beside.registry.load("m", old)
+    beside.wait.clear()
+    beside.error = Unavailable("the server is closing")
+    replacing = asyncio.create_task(beside.registry.replace("m", new))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    await beside.registry.close(0.0)
+    beside.wait.set()
+    with pytest.raises(Unavailable):
+        await replacing
+
+    assert beside.registry.list() == []
+    assert None not in (old.closed_with, new.closed_with)

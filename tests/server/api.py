@@ -1,4 +1,5 @@
-"""The application in process over one model, for the tests of its routes: a client of it, and bare ASGI."""
+"""The application in process over one model, with jobs or without, for the tests of its routes: a client of it, and
+bare ASGI."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from typing import Any
 
 import httpx
 
-from kapsl_scheduler import BatchPolicy, QueueOverflowPolicy, QueuePolicy, Scheduler
+from kapsl_scheduler import BatchPolicy, CronScheduler, QueueOverflowPolicy, QueuePolicy, Scheduler
 from kapsl_scheduler.engines import CallableEngine
+from kapsl_scheduler.ports import CronTarget, JobStore
 from kapsl_scheduler.runtime.registry import ModelRegistry
 from kapsl_scheduler.server.http import HttpApi
 
@@ -40,15 +42,33 @@ async def double(x: Any) -> Any:
 class Server:
     """The application over one model named `m`, and a client of it."""
 
-    def __init__(self, registry: ModelRegistry[Function], scheduler: Scheduler, **limits: int) -> None:
+    def __init__(
+        self, registry: ModelRegistry[Function], scheduler: Scheduler, cron: CronScheduler | None = None, **limits: int
+    ) -> None:
         self.registry = registry
         self.scheduler = scheduler
-        self.api = HttpApi(registry, version="1.2.3", **limits)
+        self._cron = cron
+        self.api = HttpApi(registry, version="1.2.3", cron=cron, **limits)
         transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
 
+    @property
+    def cron(self) -> CronScheduler:
+        assert self._cron is not None
+        return self._cron
+
     async def infer(self, data: Any = (1, 2), path: str = "/v2/models/m/infer", **keys: Any) -> httpx.Response:
         return await self.client.post(path, content=body_of(data, **keys))
+
+
+class Targets:
+    """The models of a registry, as jobs see them."""
+
+    def __init__(self, registry: ModelRegistry[Function]) -> None:
+        self._registry = registry
+
+    def target(self, model: str) -> CronTarget:
+        return self._registry.get(model).scheduler
 
 
 def body_of(data: Any = (1, 2), **keys: Any) -> bytes:
@@ -139,3 +159,17 @@ async def exchange(
 
     await api(scope, receive, send)
     return sent[0]["status"], read
+
+
+@asynccontextmanager
+async def serving_jobs(
+    function: Function = double, *, store: JobStore | None = None, max_body_bytes: int = 10_000, **cron_options: Any
+) -> AsyncIterator[Server]:
+    """The application with a scheduler of jobs, which end at once when it is left."""
+    async with serving(function) as plain:
+        cron = CronScheduler(Targets(plain.registry), store=store, **cron_options)
+        async with cron:
+            server = Server(plain.registry, plain.scheduler, cron, max_body_bytes=max_body_bytes)
+            async with server.client:
+                yield server
+            await cron.close(0.0)

@@ -17,11 +17,24 @@ import numpy as np
 import pytest
 
 from kapsl_scheduler import app
-from kapsl_scheduler.config import Config, ModelSettings
+from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSettings
+from kapsl_scheduler.core.jobs import CronJob
+from kapsl_scheduler.core.wire import encode_tensor
 from kapsl_scheduler.demo.run import PACKAGE
-from kapsl_scheduler.errors import InvalidInput, ModelLoadError, ModelNotLoaded, Overloaded, Unavailable
+from kapsl_scheduler.errors import (
+    InvalidInput,
+    InvalidPackage,
+    ModelLoadError,
+    ModelNotLoaded,
+    Overloaded,
+    Unavailable,
+)
 from kapsl_scheduler.packages import build_package, load_package
 from kapsl_scheduler.runtime.registry import ModelRegistry
+from kapsl_scheduler.sinks import JsonLinesSink
+from kapsl_scheduler.sources import FolderSource
+from kapsl_scheduler.stores.memory import MemoryStore
+from kapsl_scheduler.types import Priority
 from tests.e2e.process import DIGITS
 
 
@@ -58,14 +71,119 @@ async def test_a_model_whose_name_has_no_url_needs_another_name(tmp_path: Path, 
 
 
 @asynccontextmanager
-async def loaded(tmp_path: Path) -> AsyncIterator[tuple[Path, ModelRegistry[Any], app._Models]]:
+async def loaded(
+    tmp_path: Path, cron: CronSettings | None = None
+) -> AsyncIterator[tuple[Path, ModelRegistry[Any], app._Models]]:
     """The digits model under its name, from a package that a test may replace."""
     package, unpacked = tmp_path / "digits.aimod", tmp_path / "unpacked"
     shutil.copy(PACKAGE, package)
-    async with ModelRegistry(app._start) as registry, app._Models(Config(), registry, unpacked) as models:
+    config = Config(cron=cron or CronSettings(store="memory"))
+    jobs = app._Jobs(config)
+    async with (
+        ModelRegistry(app._start, placed=jobs.start) as registry,
+        jobs.over(registry),
+        app._Models(config, registry, jobs, unpacked) as models,
+    ):
         await models.load([str(package)])
         yield package, registry, models
     assert list(unpacked.iterdir()) == []
+
+
+def jobs_of(models: app._Models) -> dict[str, CronJob]:
+    cron = models._jobs._cron
+    assert cron is not None
+    return {id: cron.job(id) for id in cron._ledger.entries}
+
+
+def declared(id: str, schedule: Any = "0 0 3 * * *", width: int = 64, **changes: Any) -> dict[str, Any]:
+    """A job of a package, as its manifest has it."""
+    return {"id": id, "schedule": schedule, "input": encode_tensor(np.zeros((1, width), np.float32)), **changes}
+
+
+async def test_the_jobs_of_a_package_start_with_its_model_and_go_with_it(tmp_path: Path) -> None:
+    async with loaded(tmp_path) as (package, registry, models):
+        assert list(jobs_of(models)) == ["digits:heartbeat"]
+        job = jobs_of(models)["digits:heartbeat"]
+        assert (job.model, job.package, job.priority) == ("digits", "digits", Priority.BACKGROUND)
+
+        build_package(DIGITS, package, cron_jobs=[declared("x"), declared("y", priority="latency_critical")])
+        await models.reload("digits")
+        assert sorted(jobs_of(models)) == ["digits:x", "digits:y"]
+        assert jobs_of(models)["digits:y"].priority is Priority.THROUGHPUT
+
+        await models.unload("digits")
+        assert jobs_of(models) == {}
+        assert registry.list() == []
+        with pytest.raises(ModelNotLoaded):
+            await models.unload("digits")
+
+        model = await models.reload("digits")
+        assert registry.list() == [model]
+        assert sorted(jobs_of(models)) == ["digits:x", "digits:y"]
+        models.stop()
+        with pytest.raises(Unavailable, match="closing"):
+            await models.unload("digits")
+
+
+async def test_jobs_with_faults_keep_a_package_from_being_loaded(tmp_path: Path) -> None:
+    async with loaded(tmp_path) as (package, registry, models):
+        old = registry.get("digits")
+        wrong = [declared("x"), declared("y", "0 61 * * * *"), declared("z", "0 0 0 30 2 *")]
+        build_package(DIGITS, package, cron_jobs=wrong)
+
+        with pytest.raises(InvalidPackage) as raised:
+            await models.reload("digits")
+
+        assert raised.value.source == str(package)
+        minute, never = raised.value.faults
+        assert "'digits:y': schedule: minute" in minute
+        assert "'digits:z': schedule: it never fires" in never
+        assert registry.get("digits") is old
+        assert old.ready
+        assert list(jobs_of(models)) == ["digits:heartbeat"]
+
+        build_package(DIGITS, package, cron_jobs=[declared("x", width=63), declared("y")])
+        with pytest.raises(InvalidPackage, match="'digits:x': request: input 'pixels': axis 1 is 63"):
+            await models.reload("digits")
+        await models.unload("digits")
+        with pytest.raises(InvalidPackage):
+            await models.reload("digits")
+        assert registry.list() == []
+        assert jobs_of(models) == {}
+
+
+async def test_a_server_without_jobs_serves_a_package_that_has_some(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with loaded(tmp_path, CronSettings(enabled=False)) as (package, registry, models):
+        assert registry.get("digits").ready
+        await models.unload("digits")
+
+    assert caplog.messages == [f"{package}: cron_jobs: not run, as the server was started with --no-cron"]
+
+
+async def test_a_store_that_cannot_be_opened_is_a_fault_of_the_configuration(tmp_path: Path) -> None:
+    damaged = tmp_path / "cron.db"
+    damaged.write_bytes(b"no database, whatever its name says")
+    for store in (damaged, tmp_path / "nowhere" / "cron.db"):
+        jobs = app._Jobs(Config(cron=CronSettings(store=str(store))))
+        with pytest.raises(ConfigError, match=rf"^store: {re.escape(str(store))}: .* --no-cron serves without jobs$"):
+            async with ModelRegistry(app._start) as registry, jobs.over(registry):
+                raise AssertionError("it was opened")
+
+    assert damaged.read_bytes() == b"no database, whatever its name says"
+
+
+def test_jobs_are_kept_where_the_configuration_says(tmp_path: Path) -> None:
+    state = tmp_path / "state" / "kapsl-scheduler"
+
+    assert isinstance(app._store(Config()), MemoryStore)
+    assert isinstance(app._store(Config(cron=CronSettings(store="memory"), state_directory=state)), MemoryStore)
+    named = app._store(Config(cron=CronSettings(store=str(tmp_path / "x.db")), state_directory=state))
+    assert repr(named) == f"SqliteStore({str(tmp_path / 'x.db')!r})"
+    assert not state.exists()
+    assert repr(app._store(Config(state_directory=state))) == f"SqliteStore({str(state / 'cron.db')!r})"
+    assert state.is_dir()
 
 
 async def test_a_model_is_replaced_by_what_its_path_holds_now(tmp_path: Path) -> None:
@@ -135,11 +253,8 @@ async def test_what_a_manifest_says_in_vain_is_logged(tmp_path: Path, caplog: py
 async def test_what_a_package_asks_for_and_does_not_get_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = {"id": "beat", "schedule": "0 * * * * *", "input": {"shape": [1], "dtype": "uint8", "data": [0]}}
     wanted = {"preferred_provider": "ACUDAExecutionProvider", "fallback_providers": ["CPUExecutionProvider"]}
-    package = build_package(
-        DIGITS, tmp_path / "digits.aimod", cron_jobs=[job], hardware_requirements=wanted, project_name="digits"
-    )
+    package = build_package(DIGITS, tmp_path / "digits.aimod", hardware_requirements=wanted, project_name="digits")
     plain = build_package(
         DIGITS, tmp_path / "plain.aimod", hardware_requirements={"preferred_provider": "CPUExecutionProvider"}
     )
@@ -149,7 +264,6 @@ async def test_what_a_package_asks_for_and_does_not_get_is_logged(
         app._engine(source)
 
     assert caplog.messages == [
-        f"{package}: cron_jobs: kept, but this version does not run them",
         f"{package}: this onnxruntime has no provider 'ACUDAExecutionProvider', so 'cpu' it is",
     ]
 
@@ -220,3 +334,13 @@ def test_the_limit_on_open_files_is_raised_as_far_as_it_may_and_never_lowered(li
     for wanted, got in [(300, 300), (250, 300), *([(hard + 1, hard)] if hard > 0 else [])]:
         app._allow_files(wanted)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (got, hard)
+
+
+def test_sources_and_sinks_are_made_of_their_settings(tmp_path: Path) -> None:
+    source = app._adapters("source", {"type": "folder", "path": str(tmp_path)})
+    sink = app._adapters("sink", {"type": "jsonl", "path": str(tmp_path / "out.jsonl")})
+
+    assert (type(source), type(sink)) == (FolderSource, JsonLinesSink)
+    for kind, settings in (("source", {"type": "moon"}), ("sink", {"type": "folder"}), ("sink", {"type": "jsonl"})):
+        with pytest.raises(ValueError, match=r"\$|missing"):
+            app._adapters(kind, settings)

@@ -7,11 +7,24 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from kapsl_scheduler.client import Client, LoadTally, closed_loop, fit_inputs, random_inputs, read_call
-from kapsl_scheduler.errors import EngineError, InvalidInput, ModelNotLoaded, Overloaded, Unavailable
+from kapsl_scheduler.errors import (
+    CronError,
+    DuplicateId,
+    EngineError,
+    InvalidExpression,
+    InvalidInput,
+    InvalidJob,
+    ModelNotLoaded,
+    NotFound,
+    Overloaded,
+    StoreError,
+    Unavailable,
+)
 from kapsl_scheduler.types import Priority
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -276,3 +289,56 @@ def test_random_inputs_have_the_shapes_of_the_model() -> None:
     assert random_inputs(ONE, 3)["x"].shape == (3, 2)
     assert random_inputs(TWO, 3)["text"].tolist() == [["text"]] * 3
     assert random_inputs(TWO, 3)["rate"].shape == ()
+
+
+# -------------------------------------------------------------------------------------------------- jobs
+
+
+def refusal(code: str, **details: object) -> bytes:
+    return answer(msgspec.json.encode({"error": "it is so", "code": code, **details}), "400 Bad Request")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [("not_found", NotFound), ("duplicate_id", DuplicateId), ("store_error", StoreError), ("cron_error", CronError)],
+)
+async def test_errors_of_jobs_have_their_types(code: str, kind: type[CronError]) -> None:
+    async with talking_to(refusal(code)) as (client, _):
+        with pytest.raises(kind, match=r"^it is so$") as raised:
+            await client.job("a")
+
+    assert type(raised.value) is kind
+
+
+async def test_faults_of_a_job_and_the_place_of_a_wrong_token_come_whole() -> None:
+    place = {"text": "0 61 * * * *", "field": "minute", "token": "61", "position": 2, "hint": "so"}
+    async with talking_to(
+        refusal("invalid_job", faults=["a: x", "b: y"]), refusal("invalid_job"), refusal("invalid_expression", **place)
+    ) as (client, _):
+        with pytest.raises(InvalidJob) as job:
+            await client.put_job("a", b"{}")
+        with pytest.raises(InvalidJob) as bare:
+            await client.put_job("a", b"{}")
+        with pytest.raises(InvalidExpression) as expression:
+            await client.put_job("a", b"{}")
+
+    assert (job.value.faults, bare.value.faults) == (("a: x", "b: y"), ("it is so",))
+    assert {key: getattr(expression.value, key) for key in place} == place
+    assert str(expression.value) == "it is so; so"
+
+
+async def test_jobs_are_gathered_page_by_page_and_ids_are_encoded() -> None:
+    pages = [{"jobs": [{"id": "a"}, {"id": "b:c"}], "next": "b:c"}, {"jobs": [{"id": "d"}], "next": None}]
+    answers = [answer(msgspec.json.encode(page)) for page in pages]
+    async with talking_to(*answers, answer(b"{}"), answer(b"{}")) as (client, peer):
+        assert [job["id"] for job in await client.jobs()] == ["a", "b:c", "d"]
+        await client.job("a/b:c d")
+        await client.remove_job("x", cancel=True)
+
+    heads = [request.split(b" HTTP")[0] for request in peer.requests]
+    assert heads == [
+        b"GET /v2/cron/jobs?limit=1000",
+        b"GET /v2/cron/jobs?limit=1000&after=b%3Ac",
+        b"GET /v2/cron/jobs/a%2Fb%3Ac%20d",
+        b"DELETE /v2/cron/jobs/x?cancel=true",
+    ]

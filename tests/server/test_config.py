@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kapsl_scheduler.config import Config, ConfigError, ModelSettings, ServerSettings, load_config
+from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSettings, ServerSettings, load_config
 from kapsl_scheduler.core.batch import BatchPolicy
 from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
 from kapsl_scheduler.types import Priority
@@ -24,9 +24,9 @@ def faults_of(flags: dict[str, object], environment: dict[str, str], file: Path 
 
 
 def test_defaults_are_loopback_and_refuse_when_full() -> None:
-    config = load_config(flags={}, environment={"PATH": "/bin"})
+    config = load_config(flags={}, environment={"PATH": "/bin", "HOME": "/home/me"})
 
-    assert config == Config()
+    assert config == Config(state_directory=Path("/home/me/.local/state/kapsl-scheduler"))
     assert (config.server.host, config.server.port) == ("127.0.0.1", 8080)
     assert config.server.max_in_flight > config.model.max_queue_size + config.model.max_waiting
     assert config.model.queue_policy() == QueuePolicy(overflow=QueueOverflowPolicy.DROP_NEWEST)
@@ -154,3 +154,45 @@ def test_loopback_needs_none(host: str) -> None:
 
 def test_a_key_means_one_thing_only() -> None:
     assert not set(ServerSettings.__struct_fields__) & set(ModelSettings.__struct_fields__)
+
+
+# -------------------------------------------------------------------------------------------------- jobs
+
+
+def test_the_jobs_have_a_section_of_their_own(file: Path) -> None:
+    file.write_text("[cron]\nstore = 'jobs.db'\nhistory_keep = 5\nmax_concurrent_runs = 7\n")
+
+    config = load_config(
+        flags={"cron_history_keep": "9", "cron_enabled": "false", "cron_store": None},
+        environment={"KAPSL_CRON_HISTORY_KEEP": "8", "KAPSL_CRON_ALLOW_LATENCY_CRITICAL": "true"},
+        file=file,
+    )
+
+    assert config.cron == CronSettings(
+        enabled=False, store="jobs.db", allow_latency_critical=True, history_keep=9, max_concurrent_runs=7
+    )
+
+
+def test_faults_of_the_jobs_settings_say_where_they_stand(file: Path) -> None:
+    file.write_text("[cron]\nhistory_keep = 0\nstores = 'x'\n")
+
+    faults = faults_of(
+        {"cron_max_concurrent_runs": "many"}, {"KAPSL_CRON_HISTORY_MAX_AGE": "0", "KAPSL_STORE": "x"}, file
+    )
+
+    where = ("--cron-max-concurrent-runs", "KAPSL_CRON_HISTORY_MAX_AGE", str(file), "environment")
+    assert {fault.partition(":")[0] for fault in faults} == set(where)
+    assert len(faults) == 5
+    assert any("the nearest valid key is 'store'" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"XDG_STATE_HOME": "/state", "HOME": "/home/me"}, "/state/kapsl-scheduler"),
+        ({"XDG_STATE_HOME": "state", "HOME": "/home/me"}, "/home/me/.local/state/kapsl-scheduler"),
+        ({}, str(Path("~/.local/state/kapsl-scheduler").expanduser())),
+    ],
+)
+def test_state_is_where_the_system_keeps_it(environment: dict[str, str], folder: str) -> None:
+    assert load_config(flags={}, environment=environment).state_directory == Path(folder)

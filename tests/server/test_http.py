@@ -15,15 +15,21 @@ from kapsl_scheduler import errors as error_tree
 from kapsl_scheduler.errors import (
     Backend,
     Cancelled,
+    CronError,
     DeadlineExceeded,
+    DuplicateId,
     EngineError,
     InferenceError,
+    InvalidExpression,
     InvalidInput,
+    InvalidJob,
     InvalidPackage,
     ModelLoadError,
     ModelNotLoaded,
+    NotFound,
     Overloaded,
     ResourceExhausted,
+    StoreError,
     Unavailable,
 )
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
@@ -106,6 +112,21 @@ async def test_a_model_is_loaded_anew_by_name() -> None:
         assert_error(await server.client.post(path), 404, "not_found")
 
 
+async def test_a_model_is_unloaded_by_name() -> None:
+    async with serving() as server:
+        api = HttpApi(server.registry, version="1", unload=server.registry.unload)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://server") as client:
+            path = "/v2/repository/models/m/unload"
+            refused = await client.post(path, content=b'{"parameters":{"unload_dependents":true}}')
+            done = await client.post(path)
+            again = await client.post(path)
+
+        assert "unload_dependents" in assert_error(refused, 400, "invalid_input")
+        assert (done.status_code, done.json()) == (200, {})
+        assert_error(again, 404, "model_not_loaded")
+        assert_error(await server.client.post(path), 404, "not_found")
+
+
 # --------------------------------------------------------------------------------- the table of statuses
 
 
@@ -124,6 +145,12 @@ async def test_a_model_is_loaded_anew_by_name() -> None:
         (ModelLoadError(), 500),
         (InvalidPackage(["x"]), 500),
         (EngineError(), 500),
+        (InvalidExpression("x"), 400),
+        (InvalidJob(["x"]), 400),
+        (NotFound(), 404),
+        (DuplicateId(), 409),
+        (StoreError(), 503),
+        (CronError(), 503),
         (ValueError(), 500),
     ],
 )

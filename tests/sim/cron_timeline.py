@@ -142,7 +142,7 @@ class Timeline:
         process.store.killed = True
         self.processes.remove(process)
         process.cron._runs._ready.clear()
-        tasks = [*process.cron._services, *process.cron._runs._tasks]
+        tasks = [*process.cron._services, *process.cron._runs._runners]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

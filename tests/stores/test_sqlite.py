@@ -1,108 +1,36 @@
-"""What is SQLite's own: the file, its thread, other processes, and everything that goes wrong with disks."""
+"""The file: whose it is, its migrations, and everything that goes wrong with locks and disks."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sqlite3
-import subprocess
-import sys
-import threading
-from collections.abc import Awaitable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 
-from kapsl_scheduler.core.runs import Change, JobState, Run, RunState
+from kapsl_scheduler.core.runs import Change
 from kapsl_scheduler.errors import StoreError
-from kapsl_scheduler.ports import Committed, RunQuery, Stale
-from kapsl_scheduler.stores import SqliteStore, sqlite, sqlite_file, sqlite_thread
+from kapsl_scheduler.ports import RunQuery
+from kapsl_scheduler.stores import SqliteStore, sqlite_file
 from kapsl_scheduler.stores.sqlite_file import APPLICATION_ID, load_migrations
-from tests.contract.naive_store import NaiveStore
+from tests.stores.build import (
+    HURRY,
+    STATE,
+    Opened,
+    contents,
+    creation,
+    files,
+    filled,
+    new_job,
+    nominals,
+    overwrite,
+    pragma,
+    run,
+    store_threads,
+)
 from tests.stores.connections import Connections, sqlite_error
-from tests.stores.contender import ROWS
-
-STATE = JobState(anchor=0, cursor=0)
-CONTENDER = Path(__file__).with_name("contender.py")
-HURRY = 0.01  # seconds that a store waits for a lock which will not be let go of
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "jobs.db"
-
-
-@pytest.fixture
-def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
-    return Connections(monkeypatch)
-
-
-class Opened:
-    """A store for the time of a block; it is closed in any case."""
-
-    def __init__(self, path: Path, **options: Any) -> None:
-        self.store = SqliteStore(path, **options)
-
-    async def __aenter__(self) -> SqliteStore:
-        await self.store.open()
-        return self.store
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.store.close()
-
-
-def run(nominal: int, job: str = "a", **fields: Any) -> Run:
-    return Run(job=job, nominal=nominal, **{"state": RunState.RUNNING, "first": nominal, "due": nominal, **fields})
-
-
-def creation(*runs: Run, job: str = "a") -> Change:
-    return Change(job=job, expected=None, created=runs)
-
-
-async def new_job(store: SqliteStore, job: str = "a", **fields: Any) -> int:
-    (result,) = await store.commit([Change(job=job, expected=0, state=STATE, definition=b'{"n": 1}', **fields)])
-    assert isinstance(result, Committed)
-    return result.version
-
-
-async def nominals(store: SqliteStore) -> list[int]:
-    return [run.nominal for run in await store.runs(RunQuery(oldest_first=True, limit=10_000))]
-
-
-async def filled(path: Path, runs: int = 300) -> None:
-    async with Opened(path) as store:
-        await new_job(store)
-        await store.commit([creation(*(run(n, state=RunState.SUCCEEDED, error="x" * 200) for n in range(runs)))])
-
-
-def pragma(path: Path, name: str) -> Any:
-    with closing(sqlite3.connect(path)) as connection:
-        return connection.execute(f"PRAGMA {name}").fetchone()[0]
-
-
-def contents(path: Path) -> bytes:
-    return path.read_bytes()
-
-
-def overwrite(path: Path, start: int, data: bytes) -> bytes:
-    """Returns what the file holds then."""
-    with path.open("r+b") as file:
-        file.seek(start)
-        file.write(data)
-    return contents(path)
-
-
-def files(folder: Path) -> dict[str, int]:
-    """The sizes of all files of a folder."""
-    return {entry.name: entry.stat().st_size for entry in folder.iterdir()}
-
-
-def store_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("kapsl-store")]
-
 
 # ------------------------------------------------------------------------------------------- the file
 
@@ -389,246 +317,26 @@ async def test_opening_fails_whole_where_the_file_vanishes_between(path: Path, c
         assert await nominals(store) == []
 
 
-# ----------------------------------------------------------------------------- what shares a transaction
-
-
-async def behind_the_gate(connections: Connections, *calls: Awaitable[Any]) -> list[Any]:
-    """The outcomes of calls that have all come while the first of them was kept from beginning."""
-    connections.gate.clear()
-    connections.waiting.clear()
-    connections.commits = 0
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    await asyncio.to_thread(connections.waiting.wait, 30)
-    connections.gate.set()
-    return await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def test_commits_that_come_together_share_a_transaction(path: Path, connections: Connections) -> None:
-    async with Opened(path) as store:
-        version = await new_job(store)
-        calls = [store.commit([creation(run(n))]) for n in range(62)]
-        races = [store.commit([Change(job="a", expected=version, definition=b"%d" % n)]) for n in range(2)]
-        first = store.commit([creation(run(100))])
-        results = await behind_the_gate(connections, first, *calls, *races, store.beat("me"))
-        assert connections.commits == 2  # the first had begun alone
-        numbers = [result.numbers[0] for (result,) in results[:63]]
-        assert numbers == sorted(numbers)
-        assert [type(result) for (result,) in results[63:65]] == [Committed, Stale]
-        assert await store.beats() == {"me": 1}
-
-
-async def test_a_transaction_is_shared_by_so_many(
-    path: Path, connections: Connections, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_is_not_in_its_place_is_told_until_it_is_back(
+    path: Path, connections: Connections, replaced: bool
 ) -> None:
-    monkeypatch.setattr(sqlite_thread, "MAX_SHARED", 3)
+    away, other = path.with_name("away.db"), path.with_name("other.db")
+    await filled(other, runs=1)
+    before = contents(other)
     async with Opened(path) as store:
-        sizes = [1, 1, 2, 1, 9, 1]  # alone, and then 1 + 2, 1, 9, 1
-        calls = [store.commit([creation(run(n * 10 + k)) for k in range(size)]) for n, size in enumerate(sizes)]
-        await behind_the_gate(connections, *calls)
-        assert connections.commits == 5
-        assert len(await nominals(store)) == sum(sizes)
-
-
-async def test_a_commit_that_fails_harms_no_other(path: Path, connections: Connections) -> None:
-    async with Opened(path) as store:
-        changes = [creation(run(0)), creation(run(1)), creation(run(2), run(2**70)), creation(run(3))]
-        results = await behind_the_gate(connections, *(store.commit([change]) for change in changes))
-        assert [type(result) for result in results] == [list, list, OverflowError, list]
-        assert await nominals(store) == [0, 1, 3]
-
-
-async def test_readers_wait_for_one_transaction_at_most(
-    path: Path, connections: Connections, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sqlite_thread, "MAX_SHARED", 1)
-    async with Opened(path) as store:
-        writes = [store.commit([creation(run(n))]) for n in range(4)]
-        *_, seen = await behind_the_gate(connections, *writes, nominals(store))
-        assert seen == [0, 1]  # the first had begun, the second came with the reader
-
-
-# --------------------------------------------------------------------------------------------- the thread
-
-
-async def test_the_thread_ends_with_the_store(path: Path) -> None:
-    store = SqliteStore(path)
-    await store.open()
-    (thread,) = store_threads()
-    assert thread.name == "kapsl-store jobs.db"
-    assert thread.daemon
-    await asyncio.gather(store.close(), store.close())
-    assert not thread.is_alive()
-
-
-async def test_closing_waits_for_what_came_before_and_refuses_what_comes_after(
-    path: Path, connections: Connections
-) -> None:
-    store = SqliteStore(path)
-    await store.open()
-
-    async def late() -> None:
-        await asyncio.sleep(0)
-        await store.commit([creation(run(9))])
-
-    calls = [store.commit([creation(run(n))]) for n in range(2)]
-    first, second, _, refused = await behind_the_gate(connections, *calls, store.close(), late())
-    assert isinstance(first, list)
-    assert isinstance(second, list)
-    assert isinstance(refused, StoreError)
-    assert "is closed" in str(refused)
-    async with Opened(path) as store:
-        assert await nominals(store) == [0, 1]
-
-
-async def test_closing_can_be_cancelled_and_asked_for_again(path: Path, connections: Connections) -> None:
-    store = SqliteStore(path)
-    await store.open()
-    connections.gate.clear()
-    commit = asyncio.ensure_future(store.commit([creation(run(1))]))
-    await asyncio.to_thread(connections.waiting.wait, 30)
-    closing = asyncio.ensure_future(store.close())
-    await asyncio.sleep(0)
-    closing.cancel()
-    connections.gate.set()
-    await asyncio.wait([commit, closing])
-    assert closing.cancelled()
-    for thread in store_threads():
-        thread.join()
-    await store.close()
-    assert not store_threads()
-
-
-async def test_a_cancelled_commit_may_be_carried_out_and_harms_nobody(path: Path, connections: Connections) -> None:
-    async with Opened(path) as store:
-        connections.gate.clear()
-        commits = [asyncio.ensure_future(store.commit([creation(run(n))])) for n in range(2)]
-        await asyncio.to_thread(connections.waiting.wait, 30)
-        for commit in commits:
-            commit.cancel()
-        connections.gate.set()
-        await asyncio.wait(commits)
-        await store.commit([creation(run(2))])
-        assert await nominals(store) == [0, 1, 2]
-
-
-def test_a_loop_that_is_gone_leaves_the_store_to_others(path: Path, connections: Connections) -> None:
-    store = SqliteStore(path)
-
-    async def leave() -> None:
-        connections.gate.clear()
-        asyncio.ensure_future(store.commit([creation(run(1))]))  # noqa: RUF006
-        await asyncio.to_thread(connections.waiting.wait, 30)
-
-    with asyncio.Runner() as runner:
-        runner.run(store.open())
-        runner.run(leave())
-    connections.gate.set()
-    with asyncio.Runner() as runner:
-        assert runner.run(nominals(store)) == [1]
-        runner.run(store.close())
-
-
-# ------------------------------------------------------------------------------------------ housekeeping
-
-
-async def test_pruning_goes_piece_by_piece(
-    path: Path, connections: Connections, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sqlite, "PRUNE_RUNS", 3)
-    monkeypatch.setattr(sqlite, "PRUNE_JOBS", 2)
-    model = NaiveStore()
-    async with Opened(path) as store:
-        for nominal in range(60):
-            state = RunState.RUNNING if nominal % 7 == 0 else RunState.SUCCEEDED
-            change = creation(run(nominal, f"job {nominal % 5}", state=state), job=f"job {nominal % 5}")
-            (result,) = await store.commit([change])
-            model.check(change, result)
-        for keep, before in ((6, 10), (3, 12), (0, 0)):
-            connections.commits = 0
-            deleted = model.prune(keep, before)
-            assert await store.prune(keep=keep, before=before) == deleted
-            assert connections.commits >= deleted / 3
-            assert await store.runs(RunQuery(oldest_first=True)) == model.runs
-
-
-async def test_compacting_gives_room_back(path: Path) -> None:
-    async with Opened(path) as store:
-        await store.commit([creation(*(run(n, state=RunState.FAILED, error="x" * 500) for n in range(300)))])
-        await store.prune(keep=3, before=0)
-        await store.compact()
-        sizes = files(path.parent)
-        assert sizes["jobs.db"] < 100_000
-        assert sizes["jobs.db-wal"] == 0
-        assert await nominals(store) == [297, 298, 299]
-
-
-async def test_compacting_while_others_read_says_why_the_file_stays_large(path: Path) -> None:
-    async with Opened(path, busy_timeout=HURRY) as store:
         await store.commit([creation(run(1))])
-        with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN")
-            other.execute("SELECT * FROM runs").fetchall()
-            with pytest.raises(StoreError, match="cannot shrink while others read from it"):
-                await store.compact()
-        await store.compact()
-
-
-# ---------------------------------------------------------------------------------- several of one file
-
-
-async def test_two_stores_of_one_file_see_and_never_overrule_one_another(path: Path) -> None:
-    async with Opened(path) as one, Opened(path) as two:
-        version = await new_job(one)
-        assert await two.versions() == {"a": version}
-        for _ in range(20):
-            changes = [Change(job="a", expected=version, state=STATE, created=(run(version),)) for _ in range(2)]
-            results = await asyncio.gather(one.commit(changes[:1]), two.commit(changes[1:]))
-            assert sorted(type(result).__name__ for (result,) in results) == ["Committed", "Stale"]
-            (job,) = await one.jobs()
-            assert job.version > version
-            version = job.version
-        assert len(await nominals(two)) == 20
-        assert await new_job(two, "b") > version
-
-
-def contender(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, str(CONTENDER), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-@pytest.mark.slow
-async def test_two_processes_decide_each_turn_once(path: Path) -> None:
-    turns = 100
-    async with Opened(path) as store:
-        await new_job(store)
-    processes = [contender("count", path, turns) for _ in range(2)]
-    owners = [process.communicate(timeout=60)[0].strip() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    async with Opened(path) as store:
-        (job,) = await store.jobs()
-        runs = await store.runs(RunQuery(limit=10_000, oldest_first=True))
-    assert job.state.cursor == 2 * turns
-    assert [run.nominal for run in runs] == list(range(1, 2 * turns + 1))
-    assert [sum(run.owner == owner for run in runs) for owner in owners] == [turns, turns]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 40, 150])
-async def test_what_was_acknowledged_survives_a_kill_and_the_rest_is_whole_or_absent(path: Path, after: int) -> None:
-    with contender("write", path) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) == after:
-                break
-        process.kill()
-        acknowledged = [after, *map(int, process.stdout.read().split())][-1]
-    async with Opened(path) as store:
-        (job,) = await store.jobs()
-        turn = job.state.cursor
-        assert acknowledged <= turn <= acknowledged + 1
-        assert await nominals(store) == list(range(ROWS, (turn + 1) * ROWS))
-        assert await store.memory("a") == {"turn": str(turn)}
-        state = msgspec.structs.replace(STATE, cursor=-1)
-        (result,) = await store.commit([Change(job="a", expected=job.version, state=state)])
-        assert isinstance(result, Committed)
+        os.rename(path, away)
+        if replaced:
+            os.rename(other, path)
+        with pytest.raises(StoreError, match=r"moved, replaced or deleted while it was open: put it back"):
+            await store.commit([creation(run(2))])
+        connections.faults["SELECT"] = [sqlite_error(sqlite3.SQLITE_IOERR)]
+        with pytest.raises(StoreError, match="the disk failed"):
+            await store.runs(RunQuery())
+        with pytest.raises(StoreError, match="moved, replaced or deleted"):  # and not opened anew
+            await store.runs(RunQuery())
+        assert (contents(path) == before) if replaced else ("jobs.db" not in files(path.parent))
+        os.replace(away, path)
+        await store.commit([creation(run(2))])
+        assert await nominals(store) == [1, 2]

@@ -1,4 +1,5 @@
-"""The demo's run: a real server process, live callers and bulk callers at the same time, figures while it goes.
+"""The demo's run: a real server process, live callers and bulk callers at the same time while a job of the package
+fires, figures while it goes.
 
 What is not here: the model and its images, which are packaged beside this file, and how they were made.
 """
@@ -6,17 +7,20 @@ What is not here: the model and its images, which are packaged beside this file,
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import os
 import random
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -29,11 +33,13 @@ __all__ = ["PACKAGE", "run"]
 PACKAGE: Final = Path(__file__).with_name("digits.aimod")
 _TEST_IMAGES: Final = Path(__file__).with_name("digits_test.npz")
 _MODEL: Final = "digits"
+_JOB: Final = "digits:heartbeat"  # of the package: eight images every two seconds
 _LIVE_CALLERS: Final = 4
 _LIVE_PAUSE: Final = 0.03  # seconds that a live caller looks at an answer, on average
 _BULK_CALLERS: Final = 8
 _BULK_ROWS: Final = 8
 _GOOD_ACCURACY: Final = 0.9
+_WARM_UP: Final = 0.5  # seconds at the beginning that are in no comparison
 _PATIENCE: Final = 60.0  # seconds for the server to start or to end
 
 
@@ -51,16 +57,47 @@ class _Figures(NamedTuple):
     p99: float | None
 
 
+class _Phases:
+    """Whether the job fires (`True`) or is paused (`False`), and what live callers saw meanwhile, in seconds."""
+
+    def __init__(self) -> None:
+        self.now: tuple[int, bool] | None = None  # numbered: a request belongs to a phase that it did not outlast
+        self.latencies: dict[bool, list[float]] = {True: [], False: []}
+
+    async def alternate(self, client: Client, seconds: float) -> None:
+        """Pauses the job for half of the time: in the middle, so that what changes over time is in both halves."""
+        quarter = seconds / 4
+        spans = (quarter, 2 * quarter, quarter) if seconds >= 8 else (2 * quarter, 2 * quarter)
+        end = time.perf_counter()
+        for number, span in enumerate(spans):
+            end += span
+            firing = number % 2 == 0
+            if number:
+                await (client.resume_job(_JOB) if firing else client.pause_job(_JOB, "to compare"))
+            else:
+                await asyncio.sleep(_WARM_UP)
+            self.now = number, firing
+            await asyncio.sleep(max(0.0, end - time.perf_counter()))
+            self.now = None
+
+    def seen(self, phase: tuple[int, bool] | None, seconds: float) -> None:
+        if phase is not None and phase == self.now:
+            self.latencies[phase[1]].append(seconds)
+
+
 class _Group:
     """Callers of one class and what they have seen."""
 
-    def __init__(self, client: Client, input_name: str, priority: Priority, rows: int) -> None:
+    def __init__(
+        self, client: Client, input_name: str, priority: Priority, rows: int, phases: _Phases | None = None
+    ) -> None:
         self.title = "live" if priority is Priority.LATENCY_CRITICAL else priority.name.lower()
         self.tally = LoadTally()
         self._client = client
         self._input_name = input_name
         self._priority = priority
         self._rows = rows
+        self._phases = phases
         self._seen = 0
         self._right = 0
         self._window_start = 0
@@ -75,13 +112,18 @@ class _Group:
         pixels = images.pixels[first : first + self._rows]
         labels = images.labels[first : first + self._rows]
 
+        phase = None if self._phases is None else self._phases.now
+        started = time.perf_counter()
+
         async def call() -> None:
             reply = await self._client.infer(_MODEL, {self._input_name: pixels}, priority=self._priority)
+            if self._phases is not None:
+                self._phases.seen(phase, time.perf_counter() - started)
             predicted = next(iter(reply.outputs.values())).argmax(axis=1)
             self._seen += len(predicted)
             self._right += int((predicted == labels).sum())
 
-        await self.tally.measure(call)
+        await self.tally.measure(call, started)
 
     def window(self, seconds: float) -> _Figures:
         """The figures since the last window."""
@@ -108,7 +150,8 @@ async def run(seconds: float) -> bool:
     console.print(f"Serving {PACKAGE.name} and sending it {len(images.labels)} images that it has never seen.")
     async with _server() as url, Client(url) as client:
         input_name = (await client.metadata(_MODEL))["inputs"][0]["name"]
-        live = _Group(client, input_name, Priority.LATENCY_CRITICAL, rows=1)
+        phases = _Phases()
+        live = _Group(client, input_name, Priority.LATENCY_CRITICAL, rows=1, phases=phases)
         bulk = _Group(client, input_name, Priority.THROUGHPUT, rows=_BULK_ROWS)
         started = time.perf_counter()
         end = started + seconds
@@ -118,9 +161,12 @@ async def run(seconds: float) -> bool:
             for number in range(_BULK_CALLERS):
                 group.create_task(_call(bulk, images, random.Random(_LIVE_CALLERS + number), end))
             group.create_task(_watch(console, client, (live, bulk), end))
+            group.create_task(phases.alternate(client, seconds))
         elapsed = time.perf_counter() - started
-        batches = _Batches.of(await client.stats(_MODEL))
-    return _report(console, (live, bulk), batches, elapsed)
+        stats = await client.stats(_MODEL)
+        job = _Job.of(await client.job(_JOB), await client.runs(_JOB, limit=1000))
+    cost = _Cost(phases, stats["scheduler"]["background_bound"])
+    return _report(console, (live, bulk), _Batches.of(stats), job, cost, elapsed)
 
 
 async def _call(group: _Group, images: _Images, rng: random.Random, end: float, *, pause: float = 0.0) -> None:
@@ -134,7 +180,15 @@ async def _call(group: _Group, images: _Images, rng: random.Random, end: float, 
 async def _server() -> AsyncIterator[str]:
     """A server process of its own; its address. It is ended in the orderly way."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("KAPSL_")}
-    command = ("-m", "kapsl_scheduler", "serve", str(PACKAGE), "--port", "0")
+    with tempfile.TemporaryDirectory(prefix="kapsl-demo-") as folder:
+        store = str(Path(folder) / "cron.db")
+        command = ("-m", "kapsl_scheduler", "serve", str(PACKAGE), "--port", "0", "--store", store)
+        async with _process(command, environment) as url:
+            yield url
+
+
+@asynccontextmanager
+async def _process(command: Iterable[str], environment: dict[str, str]) -> AsyncIterator[str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, stdout=asyncio.subprocess.PIPE, env=environment
     )
@@ -183,6 +237,60 @@ class _Batches(NamedTuple):
         return f"batches: {mean:.1f} rows on average, {self.largest} at most"
 
 
+class _Job(NamedTuple):
+    """What the server knows of the job, the latest run first: how its runs ended, and in seconds how late they started
+    and how long they took."""
+
+    outcomes: Counter[str]
+    last: str
+    lateness: list[float]
+    durations: list[float]
+    error: str
+
+    @classmethod
+    def of(cls, info: dict[str, Any], runs: list[dict[str, Any]]) -> _Job:
+        fired = [run for run in runs if run["started"] is not None and run["ended"] is not None]
+        last = "paused" if info["paused"] else next((run["state"] for run in fired), "-")
+        return cls(
+            Counter(run["state"] for run in fired),
+            last,
+            [(_moment(run["started"]) - _moment(run["due"])).total_seconds() for run in fired],
+            [run["duration"] for run in fired],
+            next((run["error"] for run in fired if run["error"]), ""),
+        )
+
+    def __str__(self) -> str:
+        late = _ms(_percentile(self.lateness, 50))
+        return f"job {self.outcomes.total()} firings, last {self.last}, {late} late"
+
+
+class _Cost(NamedTuple):
+    """What live callers saw while the job fired and while it was paused; the scheduler's own bound of what it can add
+    to a live request, in seconds."""
+
+    phases: _Phases
+    bound: float
+
+    def __str__(self) -> str:
+        parts = []
+        for firing, word in ((True, "while it fired"), (False, "while it was paused")):
+            seen = self.phases.latencies[firing]
+            p50, p99 = _percentile(seen, 50), _percentile(seen, 99)
+            parts.append(f"p50 {_ms(p50)}, p99 {_ms(p99)} {word} ({len(seen)} requests)")
+        return (
+            f"What it cost live requests: {'; '.join(parts)}. By the scheduler's bound, background work may keep one "
+            f"waiting for {_ms(self.bound)}."
+        )
+
+
+def _moment(text: str) -> dt.datetime:
+    return dt.datetime.fromisoformat(text)
+
+
+def _percentile(values: list[float], percent: float) -> float | None:
+    return float(np.percentile(values, percent)) if values else None
+
+
 async def _watch(console: Console, client: Client, groups: tuple[_Group, ...], end: float) -> None:
     """Shows the last second, every second: a table in place on a terminal, else plain lines."""
     earlier = _Batches.of(await client.stats(_MODEL))
@@ -191,12 +299,15 @@ async def _watch(console: Console, client: Client, groups: tuple[_Group, ...], e
             started = time.perf_counter()
             await asyncio.sleep(min(1.0, left))
             now = _Batches.of(await client.stats(_MODEL))
+            job = _Job.of(await client.job(_JOB), await client.runs(_JOB, limit=1000))
             elapsed = time.perf_counter() - started
             rows = [(group, group.window(elapsed)) for group in groups]
             if live is None:
-                console.print(" | ".join([*(_line(*row) for row in rows), str(now.since(earlier))]), soft_wrap=True)
+                lines = [*(_line(*row) for row in rows), str(job), str(now.since(earlier))]
+                console.print(" | ".join(lines), soft_wrap=True)
             else:
-                live.update(_table(rows, now.since(earlier), max(0.0, end - time.perf_counter())), refresh=True)
+                table = _table(rows, now.since(earlier), max(0.0, end - time.perf_counter()))
+                live.update(Group(_job_table(job), table), refresh=True)
             earlier = now
 
 
@@ -223,13 +334,28 @@ def _table(rows: list[tuple[_Group, _Figures]], batches: _Batches, left: float |
     return table
 
 
+def _job_table(job: _Job) -> Table:
+    table = Table()
+    for heading in ("job", "firings", "last", "late: p50, p99", "took: p50, p99"):
+        table.add_column(heading, justify="left" if heading == "job" else "right")
+    times = [
+        ", ".join(_ms(_percentile(values, percent)) for percent in (50, 99)) for values in (job.lateness, job.durations)
+    ]
+    table.add_row(_JOB, str(job.outcomes.total()), job.last, *times)
+    return table
+
+
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.2f} ms"
 
 
-def _report(console: Console, groups: tuple[_Group, ...], batches: _Batches, seconds: float) -> bool:
+def _report(
+    console: Console, groups: tuple[_Group, ...], batches: _Batches, job: _Job, cost: _Cost, seconds: float
+) -> bool:
     console.print(f"\nThe whole {seconds:.0f} s:")
     console.print(_table([(group, group.total(seconds)) for group in groups], batches, None))
+    console.print(_job_table(job))
+    console.print(str(cost), soft_wrap=True)
     faults = [
         f"{group.title}: {count} requests failed with {code}"
         for group in groups
@@ -240,5 +366,9 @@ def _report(console: Console, groups: tuple[_Group, ...], batches: _Batches, sec
         for group in groups
         if group.accuracy < _GOOD_ACCURACY
     ]
+    if not job.outcomes["succeeded"]:
+        faults.append(f"{_JOB}: no firing succeeded")
+    if job.outcomes["failed"]:
+        faults.append(f"{_JOB}: {job.outcomes['failed']} firings failed, the last: {job.error}")
     console.print("\n".join(faults) if faults else "Every request was answered, and the answers are right.")
     return not faults

@@ -20,11 +20,13 @@ _FIELDS = ("request", "on_result", "condition", "sink")
 
 
 class Bindings:
-    """What jobs refer to by name. `packages` are those whose jobs may fire here."""
+    """What jobs refer to by name. `packages` are those whose jobs may fire here; `lacks(model)` says why the jobs of a
+    model may not, None if they may."""
 
-    def __init__(self, adapters: Adapters | None) -> None:
+    def __init__(self, adapters: Adapters | None, lacks: Callable[[str], str | None] | None = None) -> None:
         self.callables: dict[str, Callable[..., Any]] = {}
         self.packages: set[str] = set()
+        self.lacks = lacks or _lacks_nothing
         self._adapters = adapters or _no_adapters
 
     def learn(self, job: CronJob) -> None:
@@ -50,6 +52,8 @@ class Bindings:
                 missing.append(f"{field}: nothing is bound as {value.name!r}")
         if job.package not in (None, loaded) and job.package not in self.packages:
             missing.append(f"package: {job.package!r} is not loaded")
+        elif job.model is not None and (why := self.lacks(job.model)) is not None:
+            missing.append(f"model: {why}")
         return (msgspec.structs.replace(job, **found) if found else job), missing
 
     def read(self, definition: bytes, *, allow_latency_critical: bool) -> tuple[CronJob | None, str | None]:
@@ -64,6 +68,10 @@ class Bindings:
     def decode(self, definition: bytes) -> CronJob:
         """The job that a text describes, unchecked. Raises `InvalidJob`."""
         return decode_job(definition, self._adapters)
+
+
+def _lacks_nothing(model: str) -> str | None:
+    return None
 
 
 def _no_adapters(kind: str, settings: Any) -> Any:

@@ -20,7 +20,7 @@ from kapsl_scheduler.core.queue import QueueOverflowPolicy
 from kapsl_scheduler.core.runs import Firing, Run, RunState
 from kapsl_scheduler.errors import CronError, DeadlineExceeded, EngineError, Overloaded
 from kapsl_scheduler.ports import CronTarget, SourceItem, is_source
-from kapsl_scheduler.runtime.cron_stream import RunLost, Stream, numbered
+from kapsl_scheduler.runtime.cron_stream import RunLost, Stream, numbered, row_count
 from kapsl_scheduler.runtime.offload import call, in_thread, taken_in_thread
 from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
@@ -76,6 +76,7 @@ class Execution:
         "recording",
         "requests",
         "run",
+        "stopped",
         "task",
     )
 
@@ -94,6 +95,7 @@ class Execution:
         self._until: float | None = None  # on the loop's clock
         self.task: asyncio.Task[None] | None = None
         self.discarded = False
+        self.stopped = False
         self.recording = False  # its end is being written: too late to cancel it
         self.leave = "shutdown"  # the reason, should it be cancelled
 
@@ -101,7 +103,12 @@ class Execution:
         """Stop it without a word: its end is written."""
         self.discarded = True
         self.leave = why
+        self.stop()
+
+    def stop(self) -> None:
+        """Cancel it, if it has begun."""
         if self.task is not None:
+            self.stopped = True
             self.task.cancel()
 
     def cut(self, state: RunState, reason: str, now: int) -> Run:
@@ -243,12 +250,12 @@ class Execution:
         except Overloaded as error:
             if not error.evicted:
                 return self._refused(error)
-            self.add(request, None)
+            self.add(request, None, row_count(request))
             return Outcome(RunState.FAILED, "evicted", error)
         except Exception:
-            self.add(request, None)
+            self.add(request, None, row_count(request))
             raise
-        self.add(request, response)
+        self.add(request, response, row_count(request))
         return Outcome(RunState.SUCCEEDED, result=response)
 
     def _refused(self, error: Overloaded) -> Outcome:

@@ -14,10 +14,10 @@ import msgspec
 
 from kapsl_scheduler.core.firing import Plan, Timetable, missed_since, place, plan, startable
 from kapsl_scheduler.core.jobs import CronJob, OnInterrupt
-from kapsl_scheduler.core.runs import Backfill, JobState, Run, RunState, booked
+from kapsl_scheduler.core.runs import Backfill, Change, JobState, Run, RunState, booked
 from kapsl_scheduler.errors import InvalidJob, NotFound
 from kapsl_scheduler.runtime.cron_execution import Execution
-from kapsl_scheduler.runtime.cron_ledger import Draft, Entry, Intent
+from kapsl_scheduler.runtime.cron_ledger import Entry, Intent
 
 __all__ = [
     "Attempt",
@@ -60,22 +60,30 @@ class IntentHost(Protocol):
     def look_again(self, job: str) -> None: ...
     def told(self, kind: str, job: str, run: Run | None = None) -> None: ...
     def room_for_waiting(self, entry: Entry) -> None: ...
+    def room_in(self, job: str) -> None: ...
     def cancel_elsewhere(self, entry: Entry, besides: Sequence[Run]) -> None: ...
 
 
-def _books(draft: Draft, job: str) -> JobState:
-    """The job's books as they are now. Raises `NotFound`."""
-    if draft.state is None:
+def _found(entry: Entry | None, job: str) -> Entry:
+    """The job. Raises `NotFound`."""
+    if entry is None:
         raise NotFound(f"no job {job!r}")
-    return draft.state
+    return entry
+
+
+def _version(entry: Entry | None) -> int:
+    return 0 if entry is None else entry.version
+
+
+def _as_it_seems(entry: Entry) -> Change:
+    """Nothing is left to do, if the job is what it is taken for: the store knows."""
+    return Change(job=entry.id, expected=entry.version, state=entry.state)
 
 
 class _Creating(Intent):
     """Something that adds runs, and starts those that are to run."""
 
-    __slots__ = ("_first", "_host", "_others", "_plan")
-
-    _first: int
+    __slots__ = ("_host", "_others", "_plan")
 
     def __init__(self, host: IntentHost, job: str) -> None:
         super().__init__(job)
@@ -83,10 +91,10 @@ class _Creating(Intent):
         self._plan: Plan | None = None
         self._others: Sequence[tuple[Execution, Run]] = ()
 
-    def take(self, draft: Draft, decided: Plan) -> None:
+    def take(self, entry: Entry, decided: Plan) -> Change | None:
         self._plan = decided
-        self._first = len(draft.created)
         state = decided.state
+        updated: tuple[Run, ...] = ()
         if decided.cancel_others:
             self._others = others = []
             now = self._host.wall()
@@ -95,10 +103,11 @@ class _Creating(Intent):
                     continue  # of an earlier job of this id, or of a backfill, which goes its own way
                 after = execution.cut(RunState.CANCELLED, "overlap", now)
                 state = booked(state, execution.run, after)
-                draft.updated.append(after)
+                updated += (after,)
                 others.append((execution, after))
-        draft.state = state
-        draft.created.extend(decided.runs)
+        if state is entry.state:
+            return None
+        return Change(job=self.job, expected=entry.version, state=state, created=decided.runs, updated=updated)
 
     def follow(self, entry: Entry, numbers: Sequence[int]) -> list[Run]:
         assert self._plan is not None
@@ -108,9 +117,7 @@ class _Creating(Intent):
                 self._host.noted(after)
             if entry.state.running + entry.state.waiting > 1:
                 self._host.cancel_elsewhere(entry, self._plan.runs)
-        runs = [
-            replace(run, number=number) for run, number in zip(self._plan.runs, numbers[self._first :], strict=False)
-        ]
+        runs = [replace(run, number=number) for run, number in zip(self._plan.runs, numbers, strict=True)]
         for run in runs:
             if run.state is RunState.RUNNING:
                 self._host.launch(entry, run)
@@ -137,16 +144,16 @@ class Fire(_Creating):
         super().__init__(host, job)
         self._met = 0
 
-    def decide(self, draft: Draft) -> None:
-        entry, state = draft.entry, draft.state
-        if entry is None or state is None or entry.unbound is not None or self._host.cutting:
+    def decide(self, entry: Entry | None) -> Change | None:
+        if entry is None or entry.unbound is not None or self._host.cutting:
             self._plan = None
-            return
+            return None
         assert entry.job is not None
         assert entry.timetable is not None
+        state = entry.state
         if self._met > state.cursor:
             state = replace(state, cursor=self._met)
-        self.take(draft, plan(entry.job, entry.timetable, state, self._host.wall(), self._host.owner))
+        return self.take(entry, plan(entry.job, entry.timetable, state, self._host.wall(), self._host.owner))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         if entry is None or self._plan is None:
@@ -171,19 +178,18 @@ class Trigger(_Creating):
 
     __slots__ = ("_origin", "_version")
 
-    alone = True
-
     def __init__(self, host: IntentHost, job: str, origin: str, version: int | None) -> None:
         super().__init__(host, job)
         self._origin = origin
         self._version = version
 
-    def decide(self, draft: Draft) -> None:
+    def decide(self, entry: Entry | None) -> Change | None:
         self._plan = None
-        state = _books(draft, self.job)
-        job = _ready(draft)
-        if self._version is None or self._version == draft.expected:
-            self.take(draft, place(job, state, self._origin, self._host.wall(), self._host.owner))
+        entry = _found(entry, self.job)
+        job, _ = _ready(entry)
+        if self._version is not None and self._version != entry.version:
+            return None
+        return self.take(entry, place(job, entry.state, self._origin, self._host.wall(), self._host.owner))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> Run | None:
         if self._plan is None:
@@ -200,8 +206,6 @@ class Fill(Intent):
 
     __slots__ = ("_host", "_limit", "_origin", "_range", "_version")
 
-    alone = True
-
     def __init__(
         self, host: IntentHost, job: str, start: int, end: int, limit: int, origin: str, version: int | None
     ) -> None:
@@ -212,19 +216,19 @@ class Fill(Intent):
         self._origin = origin
         self._version = version
 
-    def decide(self, draft: Draft) -> None:
-        state = _books(draft, self.job)
-        _ready(draft)
-        if self._version is not None and self._version != draft.expected:
-            return
-        timetable = draft.entry.timetable if draft.entry is not None else None
-        assert timetable is not None
+    def decide(self, entry: Entry | None) -> Change | None:
+        entry = _found(entry, self.job)
+        _, timetable = _ready(entry)
+        if self._version is not None and self._version != entry.version:
+            return None
+        state = entry.state
         start, end = self._range
         number = timetable.count(start - 1, end - 1)
         if not 0 < number <= MAX_BACKFILL:
             raise InvalidJob(
                 [f"backfill: expected a range with 1 to {MAX_BACKFILL} occurrences, got {number}"], self.job
             )
+        runs: list[Run] = []
         nominal = timetable.next(start - 1)
         while nominal is not None and nominal < end:
             run = Run(
@@ -236,10 +240,11 @@ class Fill(Intent):
                 due=self._host.wall(),
                 limit=self._limit,
             )
-            draft.created.append(run)
+            runs.append(run)
             nominal = timetable.next(nominal)
         backfills = {**state.backfills, self._origin: Backfill(self._limit, waiting=number)}
-        draft.state = replace(state, due=state.due + number, backfills=backfills)
+        state = replace(state, due=state.due + number, backfills=backfills)
+        return Change(job=self.job, expected=entry.version, state=state, created=tuple(runs))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> int | None:
         assert entry is not None
@@ -255,7 +260,6 @@ class Start(Intent):
 
     __slots__ = ("_after", "_before", "_host")
 
-    alone = True
     lasting = True
 
     def __init__(self, host: IntentHost, run: Run) -> None:
@@ -268,14 +272,13 @@ class Start(Intent):
     def turns(self) -> tuple[Run, Run] | None:
         return self._before, self._after
 
-    def decide(self, draft: Draft) -> None:
-        before, state = self._before, draft.state
-        self._after = before
-        if state is None or draft.entry is None or draft.entry.unbound is not None or self._host.closing:
-            return
+    def decide(self, entry: Entry | None) -> Change | None:
+        before = self._after = self._before
+        if entry is None or entry.unbound is not None or self._host.closing:
+            return None
         origin = before.origin if before.limit else None
-        if not any(place == origin for place, _ in startable(state)):
-            return  # another was faster: its turn comes again
+        if not any(place == origin for place, _ in startable(entry.state)):
+            return None  # another was faster: its turn comes again
         self._after = replace(
             before,
             state=RunState.RUNNING,
@@ -284,9 +287,8 @@ class Start(Intent):
             started=self._host.wall(),
             attempt=before.attempt + (before.started is not None),
         )
-        draft.state = booked(state, before, self._after)
-        draft.updated.append(self._after)
-        draft.taken_from = ""
+        state = booked(entry.state, before, self._after)
+        return Change(job=self.job, expected=entry.version, state=state, updated=(self._after,), taken_from="")
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         self._host.starting.discard(self._before.key)
@@ -295,7 +297,9 @@ class Start(Intent):
             self._host.room_for_waiting(entry)
 
     def refused(self) -> None:
+        """Another has started it: one of the others may start in its place."""
         self._host.starting.discard(self._before.key)
+        self._host.room_in(self.job)
 
     def fail(self, error: Exception) -> None:
         self._host.starting.discard(self._before.key)
@@ -307,8 +311,6 @@ class Rescue(Intent):
 
     __slots__ = ("_after", "_before", "_host", "_version")
 
-    alone = True
-
     def __init__(self, host: IntentHost, run: Run, version: int) -> None:
         super().__init__(run.job)
         self._host = host
@@ -316,25 +318,27 @@ class Rescue(Intent):
         self._after = run
         self._version = version
 
-    def decide(self, draft: Draft) -> None:
-        before, entry = self._before, draft.entry
-        self._after = before
-        if draft.expected != self._version:
-            return
+    def decide(self, entry: Entry | None) -> Change | None:
+        before = self._after = self._before
+        if _version(entry) != self._version:
+            return None
+        taken_from = None
         job = None if entry is None or before.detached else entry.job
         if job is None or job.run.on_interrupt is OnInterrupt.RECORD:
             self._after = replace(before, state=RunState.INTERRUPTED, reason="crash", ended=self._host.wall())
         else:
-            draft.taken_from = before.owner
+            taken_from = before.owner
             if entry is not None and entry.unbound is None:
                 self._after = replace(before, owner=self._host.owner, attempt=before.attempt + 1)
-                if draft.state is not None:
-                    draft.state = replace(draft.state)  # another version: who would take it too comes too late
             else:
                 self._after = replace(before, state=RunState.PENDING, reason="crash", owner="")
-        if draft.state is not None and not before.detached:
-            draft.state = booked(draft.state, before, self._after)
-        draft.updated.append(self._after)
+        return Change(
+            job=self.job,
+            expected=_version(entry),
+            state=None if entry is None or before.detached else booked(entry.state, before, self._after),
+            updated=(self._after,),
+            taken_from=taken_from,
+        )
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         if self._after is self._before:
@@ -352,7 +356,6 @@ class Cut(Intent):
 
     __slots__ = ("_after", "_before", "_host")
 
-    alone = True
     lasting = True
 
     def __init__(self, host: IntentHost, run: Run, reason: str) -> None:
@@ -361,10 +364,9 @@ class Cut(Intent):
         self._before = run
         self._after = replace(run, state=RunState.CANCELLED, reason=reason, ended=host.wall())
 
-    def decide(self, draft: Draft) -> None:
-        if draft.state is not None:
-            draft.state = booked(draft.state, self._before, self._after)
-        draft.updated.append(self._after)
+    def decide(self, entry: Entry | None) -> Change | None:
+        state = None if entry is None else booked(entry.state, self._before, self._after)
+        return Change(job=self.job, expected=_version(entry), state=state, updated=(self._after,))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         self._host.noted(self._after)
@@ -383,10 +385,10 @@ class Attempt(Intent):
         self._execution = execution
         self._after = after
 
-    def decide(self, draft: Draft) -> None:
-        if draft.state is not None:
-            draft.state = replace(draft.state)
-        draft.updated.append(self._after)
+    def decide(self, entry: Entry | None) -> Change | None:
+        if entry is None:
+            return Change(job=self.job, expected=None, updated=(self._after,))
+        return Change(job=self.job, expected=entry.version, state=entry.state, updated=(self._after,))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
         execution = self._execution
@@ -402,16 +404,13 @@ class Checkpoint(Attempt):
 
     __slots__ = ("_memory",)
 
-    alone = True
-
     def __init__(self, execution: Execution, after: Run, memory: Mapping[str, str | None]) -> None:
         super().__init__(execution, after)
         self._memory = memory
 
-    def decide(self, draft: Draft) -> None:
-        draft.updated.append(self._after)
-        draft.memory = self._memory
-        draft.expected = None  # whatever has become of the job
+    def decide(self, entry: Entry | None) -> Change | None:
+        # Whatever has become of the job.
+        return Change(job=self.job, expected=None, updated=(self._after,), memory=self._memory)
 
 
 class End(Intent):
@@ -434,24 +433,26 @@ class End(Intent):
     def turns(self) -> tuple[Run, Run] | None:
         return self._before, self._after
 
-    def decide(self, draft: Draft) -> None:
-        state = draft.state
+    def decide(self, entry: Entry | None) -> Change | None:
+        state = None
         self._pauses = False
-        if state is not None and state.anchor == self._anchor and not self._before.detached:
-            state = booked(state, self._before, self._after)
-            job = None if draft.entry is None else draft.entry.job
-            limit = None if job is None else job.run.pause_after
+        if entry is not None and entry.state.anchor == self._anchor and not self._before.detached:
+            state = booked(entry.state, self._before, self._after)
+            limit = None if entry.job is None else entry.job.run.pause_after
             if limit is not None and state.failures >= limit and not state.paused:
                 self._pauses = True
                 state = replace(state, paused=f"{state.failures} failures in a row")
-            draft.state = state
         elif self._after.state is RunState.PENDING:  # for a job that is gone, nobody would go on with it
             self._after = replace(
                 self._after, state=RunState.CANCELLED, owner=self._before.owner, ended=self._host.wall()
             )
-        if self._after.owner != self._before.owner:
-            draft.taken_from = self._before.owner
-        draft.updated.append(self._after)
+        return Change(
+            job=self.job,
+            expected=_version(entry),
+            state=state,
+            updated=(self._after,),
+            taken_from=None if self._after.owner == self._before.owner else self._before.owner,
+        )
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         self._host.noted(self._after)
@@ -468,8 +469,6 @@ class Define(Intent):
 
     __slots__ = ("_definition", "_host", "_job", "_known", "_missed", "_refuse", "_told")
 
-    alone = True
-
     def __init__(
         self, host: IntentHost, job: CronJob, definition: bytes, *, refuse: bool = False, known: bool = False
     ) -> None:
@@ -480,35 +479,32 @@ class Define(Intent):
         self._definition = definition
         self._refuse = refuse
         self._told = ""
-        self._missed: list[Run] = []
+        self._missed: tuple[Run, ...] = ()
 
-    def decide(self, draft: Draft) -> None:
+    def decide(self, entry: Entry | None) -> Change | None:
         now = self._host.wall()
-        entry, state = draft.entry, draft.state
-        self._missed = draft.created  # it is alone
-        if entry is None or state is None:
+        self._missed = ()
+        if entry is None:
             if self._known:
                 raise NotFound(f"no job {self.job!r}")
             self._told = "registered"
-            if Timetable.of(self._job, now).next(now) is None:
-                raise InvalidJob(["schedule: it never fires from now on"], self.job)
-            draft.state = JobState(anchor=now, cursor=now, paused="" if self._job.enabled else _NOT_ENABLED)
-            draft.definition = self._definition
-            return
+            self._check_fires(now, now)
+            state = JobState(anchor=now, cursor=now, paused="" if self._job.enabled else _NOT_ENABLED)
+            return Change(job=self.job, expected=0, state=state, definition=self._definition)
         self._told = ""
         if entry.definition == self._definition:
-            draft.state = replace(state)  # as it seems: the store knows
-            return
+            return _as_it_seems(entry)
         if self._refuse:
             raise InvalidJob(["id: the store has another job of this id, and on_conflict is 'error'"], self.job)
         self._told = "updated"
-        before, timetable = entry.job, entry.timetable
+        before, timetable, state = entry.job, entry.timetable, entry.state
         if before is None or timetable is None:
+            self._check_fires(state.anchor, now)
             state = replace(state, cursor=max(state.cursor, now))
         elif before.schedule != self._job.schedule or before.firing != self._job.firing:
             # What the old schedule asked for is accounted for; the new one begins now.
-            state, missed = missed_since(before, timetable, state, now, "updated")
-            draft.created.extend(missed)
+            self._check_fires(state.anchor, now)
+            state, self._missed = missed_since(before, timetable, state, now, "updated")
             state = replace(state, cursor=max(state.cursor, now))
         if before is not None and before.enabled != self._job.enabled:
             if not self._job.enabled:
@@ -516,10 +512,19 @@ class Define(Intent):
             elif state.paused == _NOT_ENABLED:
                 assert timetable is not None
                 state, missed = missed_since(before, timetable, state, now, "paused")
-                draft.created.extend(missed)
+                self._missed += missed
                 state = replace(state, paused="")
-        draft.state = state
-        draft.definition = self._definition
+        return Change(
+            job=self.job,
+            expected=entry.version,
+            state=state,
+            definition=self._definition,
+            created=self._missed,
+        )
+
+    def _check_fires(self, anchor: int, now: int) -> None:
+        if Timetable.of(self._job, anchor).next(now) is None:
+            raise InvalidJob(["schedule: it never fires from now on"], self.job)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
@@ -541,11 +546,11 @@ class Pause(Intent):
         self._host = host
         self._reason = reason
 
-    def decide(self, draft: Draft) -> None:
-        state = _books(draft, self.job)
-        draft.state = replace(
-            state, paused=state.paused or self._reason
-        )  # written also where it seems to be so already
+    def decide(self, entry: Entry | None) -> Change | None:
+        entry = _found(entry, self.job)
+        if entry.state.paused:
+            return _as_it_seems(entry)
+        return Change(job=self.job, expected=entry.version, state=replace(entry.state, paused=self._reason))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
@@ -556,8 +561,6 @@ class Pause(Intent):
 class Resume(Intent):
     """Occurrences are due again: from now on, or also those of the time between."""
 
-    alone = True
-
     __slots__ = ("_catch_up", "_host", "_missed")
 
     def __init__(self, host: IntentHost, job: str, *, catch_up: bool) -> None:
@@ -566,19 +569,16 @@ class Resume(Intent):
         self._catch_up = catch_up
         self._missed: tuple[Run, ...] = ()
 
-    def decide(self, draft: Draft) -> None:
-        state = _books(draft, self.job)
+    def decide(self, entry: Entry | None) -> Change | None:
+        entry = _found(entry, self.job)
         self._missed = ()
-        if not state.paused:
-            draft.state = replace(state)  # as it seems: the store knows
-            return
-        state = replace(state, paused="", failures=0)
-        entry = draft.entry
-        if not self._catch_up and entry is not None and entry.job is not None and entry.timetable is not None:
+        if not entry.state.paused:
+            return _as_it_seems(entry)
+        state = replace(entry.state, paused="", failures=0)
+        if not self._catch_up and entry.job is not None and entry.timetable is not None:
             now = self._host.wall()
             state, self._missed = missed_since(entry.job, entry.timetable, state, now, "paused")
-            draft.created.extend(self._missed)
-        draft.state = state
+        return Change(job=self.job, expected=entry.version, state=state, created=self._missed)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
@@ -593,8 +593,6 @@ class Remove(Intent):
 
     __slots__ = ("_cancel", "_cut", "_host", "_open", "_removes", "_version")
 
-    alone = True
-
     def __init__(self, host: IntentHost, job: str, open_runs: Sequence[Run], version: int, *, cancel: bool) -> None:
         super().__init__(job)
         self._host = host
@@ -604,20 +602,20 @@ class Remove(Intent):
         self._cut: list[Run] = []
         self._removes = False
 
-    def decide(self, draft: Draft) -> None:
-        _books(draft, self.job)
-        self._removes = draft.expected == self._version
+    def decide(self, entry: Entry | None) -> Change | None:
+        entry = _found(entry, self.job)
+        self._removes = entry.version == self._version
         if not self._removes:
-            return
+            return None
         now = self._host.wall()
-        self._cut = []
-        draft.remove = True
-        for run in self._open:
-            if run.state is RunState.RUNNING and not self._cancel:
-                draft.updated.append(replace(run, detached=True))
-            else:
-                self._cut.append(replace(run, state=RunState.CANCELLED, reason="unregistered", ended=now))
-        draft.updated.extend(self._cut)
+        goes_on = [run for run in self._open if run.state is RunState.RUNNING and not self._cancel]
+        self._cut = [
+            replace(run, state=RunState.CANCELLED, reason="unregistered", ended=now)
+            for run in self._open
+            if run not in goes_on
+        ]
+        kept = [replace(run, detached=True) for run in goes_on]
+        return Change(job=self.job, expected=entry.version, remove=True, updated=(*kept, *self._cut))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
         if not self._removes:
@@ -644,11 +642,10 @@ def _note(host: IntentHost, missed: Sequence[Run], numbers: Sequence[int]) -> No
         host.noted(replace(run, number=number))
 
 
-def _ready(draft: Draft) -> CronJob:
-    """The job, if it can run here. Raises `InvalidJob`, which says why not."""
-    entry = draft.entry
-    assert entry is not None
+def _ready(entry: Entry) -> tuple[CronJob, Timetable]:
+    """The job and its occurrences, if it can run here. Raises `InvalidJob`, which says why not."""
     if entry.unbound is not None:
         raise InvalidJob([f"it cannot run here: {entry.unbound}"], entry.id)
     assert entry.job is not None
-    return entry.job
+    assert entry.timetable is not None
+    return entry.job, entry.timetable

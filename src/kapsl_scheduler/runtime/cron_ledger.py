@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from kapsl_scheduler.core.firing import Timetable
@@ -20,10 +20,12 @@ from kapsl_scheduler.core.runs import Change, JobRecord, Run
 from kapsl_scheduler.errors import CronError, StoreError
 from kapsl_scheduler.ports import Committed, Exists, JobStore, Stale
 
-__all__ = ["Draft", "Entry", "Intent", "Ledger"]
+__all__ = ["Entry", "Intent", "Ledger"]
 
 logger = logging.getLogger(__name__)
 
+ROUND: Final = 128
+"""Intents that are decided before others get the loop: one or two milliseconds."""
 RETRY_FIRST: Final = 0.2
 RETRY_MOST: Final = 2.0
 """Seconds between attempts to write, from the first to the longest wait, while the store fails."""
@@ -47,77 +49,25 @@ class Entry:
         self.place = 0  # of its entry on the timer's heap; an older one is void
 
 
-class Draft:
-    """What the intents of one round want of one job; `state` is None where there is no such job."""
-
-    __slots__ = (
-        "created",
-        "definition",
-        "entry",
-        "expected",
-        "intents",
-        "job",
-        "memory",
-        "remove",
-        "state",
-        "taken_from",
-        "updated",
-    )
-
-    def __init__(self, job: str, entry: Entry | None) -> None:
-        self.job = job
-        self.entry = entry
-        self.intents: list[Intent] = []
-        self.expected: int | None = 0 if entry is None else entry.version
-        self.state = None if entry is None else entry.state
-        self.definition: bytes | None = None
-        self.remove = False
-        self.created: list[Run] = []
-        self.updated: list[Run] = []
-        self.taken_from: str | None = None
-        self.memory: Mapping[str, str | None] = {}
-
-    def change(self) -> Change | None:
-        """None where nothing is to be written."""
-        before = None if self.entry is None else self.entry.state
-        state = self.state if self.state is not before or self.definition is not None else None
-        if state is None and not (self.remove or self.created or self.updated or self.memory):
-            return None
-        return Change(
-            job=self.job,
-            expected=self.expected,
-            state=state,
-            definition=self.definition,
-            remove=self.remove,
-            created=tuple(self.created),
-            updated=tuple(self.updated),
-            taken_from=self.taken_from,
-            memory=self.memory,
-        )
-
-
 class Intent:
-    """Something that is to be decided and written about one job.
-
-    `alone` intents share no transaction part with others of their job. `lasting` intents are kept and tried again while
-    the store fails; others fail with it.
-    """
+    """Something that is to be decided and written about one job. `lasting` intents are kept and tried again while the
+    store fails; others fail with it."""
 
     __slots__ = ("future", "job")
 
-    alone = False
     lasting = False
 
     def __init__(self, job: str) -> None:
         self.job = job
         self.future: asyncio.Future[Any] | None = None
 
-    def decide(self, draft: Draft) -> None:
-        """Put into the draft what is to be written. Raises `CronError` for what cannot be, having put in nothing."""
+    def decide(self, entry: Entry | None) -> Change | None:
+        """What is to be written (None: nothing), the job being as `entry` says, or not there. Raises `CronError` for
+        what cannot be."""
         raise NotImplementedError
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> Any:
-        """It is written: `entry` is the job now, `numbers` are those of all runs that the draft created. Returns what
+        """It is written: `entry` is the job now, `numbers` are those of the runs that were created. Returns what
         whoever waits is to hear."""
 
     @property
@@ -153,7 +103,6 @@ class Ledger:
         self._changed = changed
         self._gone = gone
         self._queue: deque[Intent] = deque()
-        self._apart: set[str] = set()  # jobs of which only one intent goes into a round
         self._unsure: list[Intent] = []  # those that `turn` a run, and of which the store said that it failed
         self._writing = False
         self._closed: Exception | None = None  # what whoever hands something in is told from now on
@@ -252,7 +201,7 @@ class Ledger:
 
     async def _write_all(self, *, patient: bool) -> None:
         """Until nothing is left, or the store fails: then whoever is `patient` tries again, others leave it to
-        `serve`."""
+        `serve`. Who is patient lets others have the loop between two rounds."""
         self._writing = True
         wait = RETRY_FIRST
         try:
@@ -271,6 +220,8 @@ class Ledger:
                     if written and self.failing is not None:
                         logger.warning("the store of the cron jobs works again")
                         self.failing, wait = None, RETRY_FIRST
+                    if patient and self._queue:
+                        await asyncio.sleep(0)
         finally:
             self._writing = False
             if self._queue:
@@ -282,42 +233,36 @@ class Ledger:
         """Decide what is there, and write it. Returns whether there was anything to write."""
         if self._unsure:
             await self._find_out()
-        drafts: list[Draft] = []
-        changes: list[Change] = []
-        for draft in self._decided():
-            if (change := draft.change()) is not None:
-                drafts.append(draft)
-                changes.append(change)
-            else:
-                _answer(draft, draft.entry, ())
-        if not changes:
+        decided = self._decided()
+        if not decided:
             return False
         try:
-            results = await self.store.commit(changes)
+            results = await self.store.commit([change for _, _, change in decided])
         except asyncio.CancelledError:  # at the end: `close` tells them
-            self._queue.extendleft(intent for draft in reversed(drafts) for intent in reversed(draft.intents))
+            self._queue.extendleft(intent for intent, _, _ in reversed(decided))
             raise
         except Exception as error:
-            self._not_written([intent for draft in drafts for intent in draft.intents], error)
+            self._not_written([intent for intent, _, _ in decided], error)
             if isinstance(error, StoreError):
                 raise
             logger.exception("the store of the cron jobs raised what it should not")
             raise StoreError(f"{type(error).__name__}: {error}") from error
-        for draft, result in zip(drafts, results, strict=True):
+        again: list[Intent] = []
+        for (intent, entry, change), result in zip(decided, results, strict=True):
             if isinstance(result, Committed):
-                self._committed(draft, result)
-            else:
-                self._queue.extendleft(reversed(self._again(draft, result)))
+                _answer(intent, self._committed(entry, change, result), result.numbers)
+            elif self._again(intent, change, result):
+                again.append(intent)
+        self._queue.extendleft(reversed(again))
         return True
 
     def _not_written(self, intents: Sequence[Intent], error: Exception) -> None:
-        """The lasting ones are tried again, before all others; the others fail."""
-        self._queue.extendleft(intent for intent in reversed(intents) if intent.lasting)
-        for intent in intents:
-            if intent.lasting:
-                if intent.turns is not None:
-                    self._unsure.append(intent)
-            else:
+        """The lasting ones are tried again; the others fail, also those that would be next."""
+        self._unsure.extend(intent for intent in intents if intent.lasting and intent.turns is not None)
+        everyone = [*intents, *self._queue]
+        self._queue = deque(intent for intent in everyone if intent.lasting)
+        for intent in everyone:
+            if not intent.lasting:
                 intent.fail(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))
 
     async def _find_out(self) -> None:
@@ -335,75 +280,68 @@ class Ledger:
             self._queue.remove(intent)
             self.refresh(intent.job, records[0] if records else None)
             if run is not None and _same(run, after):
-                _tell(intent, intent.done, self.entries.get(intent.job), ())
+                _answer(intent, self.entries.get(intent.job), ())
             else:
                 _tell(intent, intent.refused)
 
-    def _decided(self) -> Iterable[Draft]:
-        """Ask the intents of the queue: of each job those that can go together. The rest stays in the queue."""
-        drafts: dict[str, Draft] = {}
-        full: set[str] = set()  # jobs of which no more goes into this round
+    def _decided(self) -> list[tuple[Intent, Entry | None, Change]]:
+        """Ask the intents of the queue, one of each job: the next one has to see what becomes of it."""
+        decided: list[tuple[Intent, Entry | None, Change]] = []
+        jobs: set[str] = set()
         later: list[Intent] = []
-        for intent in self._queue:
+        for _ in range(min(len(self._queue), ROUND)):
+            intent = self._queue.popleft()
             job = intent.job
-            draft = drafts.get(job)
-            if draft is None:
-                draft = drafts[job] = Draft(job, self.entries.get(job))
-            elif job in full or (draft.intents and (intent.alone or draft.intents[-1].alone or job in self._apart)):
-                full.add(job)  # none may overtake another
+            if job in jobs:
                 later.append(intent)
                 continue
+            entry = self.entries.get(job)
             try:
-                intent.decide(draft)
+                change = intent.decide(entry)
             except Exception as error:
                 if not isinstance(error, CronError):
                     logger.exception("job %r: a change could not be decided", job)
                 intent.fail(error)
+                continue
+            if change is None:
+                _answer(intent, entry, ())
             else:
-                draft.intents.append(intent)
-        self._queue.clear()
-        self._queue.extend(later)
-        return drafts.values()
+                jobs.add(job)
+                decided.append((intent, entry, change))
+        self._queue.extendleft(reversed(later))
+        return decided
 
-    def _committed(self, draft: Draft, result: Committed) -> None:
-        if self._apart:
-            self._apart.discard(draft.job)
-        entry = draft.entry
-        if draft.remove:
-            if entry is not None and self.entries.pop(draft.job, None) is not None:
+    def _committed(self, entry: Entry | None, change: Change, result: Committed) -> Entry | None:
+        """Take over what was written. Returns the job as it is now."""
+        if change.remove:
+            if entry is not None and self.entries.pop(change.job, None) is not None:
                 self._gone(entry)
-            entry = None
-        elif result.version and draft.state is not None:
-            if entry is None and (entry := self.entries.get(draft.job)) is None:  # it may have been read meanwhile
-                assert draft.definition is not None
-                entry = Entry(JobRecord(draft.job, draft.definition, draft.state, result.version))
-                self.entries[draft.job] = entry
-            entry.state, entry.version = draft.state, result.version
-            if draft.definition is not None:
-                entry.definition = draft.definition
-        _answer(draft, entry, result.numbers)
+            return None
+        state = change.state
+        if state is None:
+            return entry
+        if entry is None and (entry := self.entries.get(change.job)) is None:  # it may have been read meanwhile
+            assert change.definition is not None
+            entry = Entry(JobRecord(change.job, change.definition, state, result.version))
+            self.entries[change.job] = entry
+        entry.state, entry.version = state, result.version
+        if change.definition is not None:
+            entry.definition = change.definition
+        return entry
 
-    def _again(self, draft: Draft, result: Stale | Exists) -> list[Intent]:
-        """Nothing of the draft was written. What is to be decided again; the rest is told."""
-        job, intents = draft.job, draft.intents
-        if len(intents) > 1:
-            self._apart.add(job)  # find out which of them it was
-            if isinstance(result, Stale):
-                self.refresh(job, result.record)
-            return intents
-        self._apart.discard(job)
-        (intent,) = intents
+    def _again(self, intent: Intent, change: Change, result: Stale | Exists) -> bool:
+        """Nothing of it was written. Whether it is to be decided again; if not, it is told."""
         if isinstance(result, Exists):
             _tell(intent, intent.exists, result.run)
-            return []
+            return False
         record = result.record
-        if draft.expected is not None and draft.expected != (0 if record is None else record.version):
-            self.refresh(job, record)
-            return intents
+        if change.expected is not None and change.expected != (0 if record is None else record.version):
+            self.refresh(change.job, record)
+            return True
         if intent.gives_way():
-            return intents
+            return True
         _tell(intent, intent.refused)
-        return []
+        return False
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -450,19 +388,32 @@ def _same(run: Run, other: Run) -> bool:
     return run.state is other.state and run.owner == other.owner and run.attempt == other.attempt
 
 
-def _answer(draft: Draft, entry: Entry | None, numbers: Sequence[int]) -> None:
-    for intent in draft.intents:
-        _tell(intent, intent.done, entry, numbers)
+def _answer(intent: Intent, entry: Entry | None, numbers: Sequence[int]) -> None:
+    try:
+        answer = intent.done(entry, numbers)
+    except Exception as error:
+        _not_acted_on(intent, error)
+    else:
+        if intent.future is not None:
+            _hear(intent.future, answer)
 
 
 def _tell(intent: Intent, method: Callable[..., Any], *words: Any) -> None:
-    """Tell the intent, and whoever waits for it what it says."""
     try:
         answer = method(*words)
-    except Exception as error:  # the others of the round are to hear theirs
-        logger.exception("job %r: what was written was not acted on", intent.job)
-        intent.fail(error)
-        return
-    future = intent.future
-    if future is not None and not future.done():
+    except Exception as error:
+        _not_acted_on(intent, error)
+    else:
+        if intent.future is not None:
+            _hear(intent.future, answer)
+
+
+def _hear(future: asyncio.Future[Any], answer: Any) -> None:
+    if not future.done():
         future.set_result(answer)
+
+
+def _not_acted_on(intent: Intent, error: Exception) -> None:
+    """A mistake of ours: the others of the round are to hear their answers all the same."""
+    logger.error("job %r: what was written was not acted on", intent.job, exc_info=error)
+    intent.fail(error)

@@ -28,6 +28,11 @@ __all__ = ["Runs"]
 
 logger = logging.getLogger(__name__)
 
+IDLE_RUNNERS: Final = 8
+"""Tasks that are kept for the next runs."""
+AT_ONCE: Final = 64
+"""Runs that a runner begins, and changes that are decided, before others get the loop: about a millisecond."""
+
 STUBBORN: Final = 5.0
 """Seconds that cancelled runs may take to end before they are left behind."""
 LOOK_AGAIN: Final = 30.0
@@ -61,8 +66,12 @@ class Runs:
         self._events = events
         self._most = most
         self._of_job: dict[str, list[Execution]] = {}
-        self._tasks: dict[asyncio.Task[None], Execution] = {}
+        self.running = 0
         self._ready: deque[Execution] = deque()
+        self._runners: set[asyncio.Task[None]] = set()
+        self._waiting_runners: list[asyncio.Future[None]] = []
+        self._called = False
+        self._empty: asyncio.Future[None] | None = None  # until nothing runs, while the scheduler closes
         self._chores: dict[tuple[str, str], Callable[[], Any]] = {}
         self._chore = asyncio.Event()
         self.closing = False  # no waiting run starts any more
@@ -71,10 +80,6 @@ class Runs:
         self._hurried: asyncio.Future[None]
 
     # ---------------------------------------------------------------------------------------- dispatching
-
-    @property
-    def running(self) -> int:
-        return len(self._tasks)
 
     @property
     def waiting(self) -> int:
@@ -106,34 +111,71 @@ class Runs:
             self._of_job[run.job] = [execution]
         else:
             of_job.append(execution)
-        if len(self._tasks) < self._most:
-            self._begin(execution, run.started or run.due)
-        else:
-            self._ready.append(execution)
+        self._ready.append(execution)
+        self._call_runner()
 
-    def _begin(self, execution: Execution, now: int) -> None:
-        self.figures.started(execution.run, now)
+    def _call_runner(self) -> None:
+        """Somebody looks after what is ready: a runner that waits, or a new one where there is a place for it. One that
+        has been called and has not come yet will do."""
+        if self._called:
+            return
+        if self._waiting_runners:
+            self._called = True
+            self._waiting_runners.pop().set_result(None)
+        elif len(self._runners) < self._most:
+            self._called = True
+            self._runners.add(asyncio.get_running_loop().create_task(self._look_after()))
+
+    async def _look_after(self) -> None:
+        """A runner: one run after another, as long as there are any. Who begins one calls the next runner first, since
+        it may take long; where runs are short, few runners do it all."""
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                self._called = False
+                at_once = 0
+                while self._ready:
+                    execution = self._ready.popleft()
+                    if self._ready:
+                        self._call_runner()
+                    if not execution.discarded:
+                        await self._see_through(execution, task)
+                    self._forget(execution)
+                    if task.cancelling():
+                        return
+                    at_once += 1
+                    if at_once == AT_ONCE:  # they have not waited for anything: others want the loop too
+                        await asyncio.sleep(0)
+                        at_once = 0
+                if self.cutting or len(self._waiting_runners) >= IDLE_RUNNERS:
+                    return
+                waiter: asyncio.Future[None] = loop.create_future()
+                self._waiting_runners.append(waiter)
+                await waiter
+        finally:
+            self._runners.discard(task)
+
+    async def _see_through(self, execution: Execution, task: asyncio.Task[None]) -> None:
+        """One run, to its end. `Execution.stop` is meant for the run, not for the runner, which forgives it."""
+        run = execution.run
+        self.figures.started(run, self.wall())
         if self._events.wanted:
-            self.told("started", execution.run.job, execution.run)
-        task = execution.task = asyncio.get_running_loop().create_task(execution())
-        self._tasks[task] = execution
-        task.add_done_callback(self._over)
-
-    def _over(self, task: asyncio.Task[None]) -> None:
-        execution = self._tasks.pop(task)
-        self._forget(execution)
-        if task.cancelled():
-            if not execution.discarded and not execution.recording:  # before its first step
-                self._end_short(execution)
-        elif (error := task.exception()) is not None:
-            logger.error("job %r: a run ended in an error of the scheduler", execution.run.job, exc_info=error)
+            self.told("started", run.job, run)
+        execution.task = task
+        self.running += 1
+        try:
+            await execution()
+        except Exception as error:
+            logger.error("job %r: a run ended in an error of the scheduler", run.job, exc_info=error)
             self.ended(execution, execution.cut(RunState.FAILED, "internal", self.wall()))
-        while self._ready and len(self._tasks) < self._most:
-            waiting = self._ready.popleft()
-            if waiting.discarded:
-                self._forget(waiting)
-            else:
-                self._begin(waiting, self.wall())
+        finally:
+            self.running -= 1
+            execution.task = None
+            if execution.stopped:
+                while task.cancelling():
+                    task.uncancel()
 
     def _forget(self, execution: Execution) -> None:
         of_job = self._of_job[execution.run.job]
@@ -141,6 +183,8 @@ class Runs:
             del self._of_job[execution.run.job]
         else:
             of_job.remove(execution)
+        if not self._of_job and self._empty is not None and not self._empty.done():
+            self._empty.set_result(None)
 
     def _end_short(self, execution: Execution) -> None:
         execution.recording = True
@@ -160,7 +204,9 @@ class Runs:
         until = loop.time() + seconds
         settled = loop.create_task(self._ledger.settled())
         while not self._hurried.done() and (left := until - loop.time()) > 0:
-            awaited: set[asyncio.Future[None]] = {*self._tasks, *(() if settled.done() else (settled,))}
+            if self._of_job:
+                self._empty = loop.create_future()
+            awaited = {one for one in (settled, self._empty) if one is not None and not one.done()}
             if not awaited:
                 break
             await asyncio.wait({*awaited, self._hurried}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -170,14 +216,19 @@ class Runs:
             if not execution.discarded:
                 self._end_short(execution)
         self._ready.clear()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait({settled, *self._tasks}, timeout=STUBBORN)
-        for execution in self._tasks.values():
-            logger.error("job %r: a run does not end though it was cancelled, and is left behind", execution.run.job)
-            if not execution.discarded and not execution.recording:
-                self._end_short(execution)
-            execution.discarded = True
+        for execution in self.everyone():
+            execution.stop()
+        while self._waiting_runners:
+            self._waiting_runners.pop().cancel()
+        await asyncio.wait({settled, *self._runners}, timeout=STUBBORN)
+        for execution in self.everyone():
+            if execution.task is not None:
+                logger.error(
+                    "job %r: a run does not end though it was cancelled, and is left behind", execution.run.job
+                )
+                if not execution.discarded and not execution.recording:
+                    self._end_short(execution)
+                execution.discarded = True
 
     # -------------------------------------------------------------------------- what executions ask for
 
@@ -239,9 +290,15 @@ class Runs:
 
     def room_for_waiting(self, entry: Entry) -> None:
         """Runs that wait may start now, if there are any."""
-        if entry.unbound is None and not self.closing and startable(entry.state):
+        state = entry.state
+        if (state.waiting or state.backfills) and entry.unbound is None and not self.closing and startable(state):
             self._chores[entry.id, "start"] = lambda: self._start_waiting(entry)
             self._chore.set()
+
+    def room_in(self, job: str) -> None:
+        """The same, by the job's id."""
+        if (entry := self._ledger.entries.get(job)) is not None:
+            self.room_for_waiting(entry)
 
     def cancel_elsewhere(self, entry: Entry, besides: Sequence[Run]) -> None:
         """A new run takes the place of all others: those that wait, and those of other processes."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
+import reprlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence, Set
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -20,22 +21,23 @@ import msgspec
 
 from kapsl_scheduler.core.definition import Adapters, encode_job, frozen_request
 from kapsl_scheduler.core.firing import Timetable
-from kapsl_scheduler.core.jobs import CronJob, CronOverflowPolicy, micros, moment
+from kapsl_scheduler.core.jobs import MAX_ID, CronJob, micros, moment
 from kapsl_scheduler.core.runs import SCHEDULE, Run, RunState
-from kapsl_scheduler.errors import CronError, DuplicateId, InvalidExpression, InvalidJob, NotFound
-from kapsl_scheduler.packages.manifest import CronJobDef, IntervalDef, Manifest
+from kapsl_scheduler.errors import CronError, DuplicateId, EngineError, InvalidExpression, InvalidJob, NotFound
+from kapsl_scheduler.packages.manifest import CronJobDef, Manifest
 from kapsl_scheduler.ports import CronTarget, JobStore, RunQuery, is_source
 from kapsl_scheduler.runtime.cron_alarm import Alarm
 from kapsl_scheduler.runtime.cron_bindings import Bindings
 from kapsl_scheduler.runtime.cron_events import Events
 from kapsl_scheduler.runtime.cron_intents import Define, Fill, Fire, Pause, Remove, Resume, Trigger
-from kapsl_scheduler.runtime.cron_ledger import Draft, Entry, Intent, Ledger
-from kapsl_scheduler.runtime.cron_metrics import CronStatistics
-from kapsl_scheduler.runtime.cron_runs import Runs
+from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
+from kapsl_scheduler.runtime.cron_manifest import declared_job
+from kapsl_scheduler.runtime.cron_metrics import CronFigures, CronStatistics
+from kapsl_scheduler.runtime.cron_runs import AT_ONCE, Runs
 from kapsl_scheduler.runtime.cron_views import CronEvent, CronJobInfo, CronRun, job_info, run_view
 from kapsl_scheduler.runtime.cron_watch import Watch
 from kapsl_scheduler.stores.memory import MemoryStore
-from kapsl_scheduler.types import Priority
+from kapsl_scheduler.types import ModelInfo
 
 __all__ = ["CronScheduler"]
 
@@ -53,7 +55,8 @@ def _system_wall() -> int:
 
 class CronScheduler:
     """Fires inference jobs into a target: a `Scheduler`, a `ReplicaPool`, or whatever has their `infer`; or into
-    several models, by something whose `target(model)` gives such a one for a name.
+    several models, by something whose `target(model)` gives such a one for a name. It raises an `EngineError` for a
+    model that is not there: its jobs wait until `look_again` finds it.
 
     `store` keeps jobs and history (None: in memory); it is opened and closed with the scheduler. `clock` gives
     microseconds since 1970 UTC. `allow_latency_critical` lets jobs run in the first class, before which live requests
@@ -90,7 +93,7 @@ class CronScheduler:
         self._target = target
         self._wall = clock or _system_wall
         self._allow_critical = allow_latency_critical
-        self._bindings = Bindings(adapters)
+        self._bindings = Bindings(adapters, self._lacks if hasattr(target, "target") else None)
         self._events = Events()
         self._alarm = Alarm(self._wall)
         self._ledger = Ledger(store if store is not None else MemoryStore(), changed=self._read, gone=self._gone)
@@ -105,6 +108,7 @@ class CronScheduler:
         )
         self._watch = Watch(self._ledger, self._runs, lease=lease, keep=history_keep, max_age=history_max_age)
         self._registered: set[str] = set()  # in this scheduler: a second time is a mistake
+        self._asking = asyncio.Lock()  # held while a trigger is looked up that may have been asked for before
         self._services: list[asyncio.Task[None]] = []
         self._phase = "not entered"
         self._ending: asyncio.Task[None] | None = None
@@ -206,7 +210,10 @@ class CronScheduler:
     async def _fire(self) -> None:
         while True:
             due = await self._alarm.next()
-            await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due])
+            for first in range(0, len(due), AT_ONCE):
+                if first:
+                    await asyncio.sleep(0)  # others want the loop too
+                await self._ledger.settle(*[Fire(self._runs, entry.id) for entry in due[first : first + AT_ONCE]])
 
     # ------------------------------------------------------------------------------------ registering
 
@@ -233,32 +240,37 @@ class CronScheduler:
         """Start several jobs or none of them. Raises what `register` raises; an `InvalidJob` names the faults of
         all."""
         self._check_open()
+        await self._register_all(jobs, refuse=_refuses(on_conflict))
+
+    async def _register_all(
+        self, jobs: Iterable[CronJob], *, refuse: bool = False, own: Set[str] = frozenset()
+    ) -> None:
+        """`own` are ids that may be registered already: those jobs are updated."""
         faults: list[str] = []
-        checked: dict[str, tuple[CronJob, bytes]] = {}
+        checked: dict[str, Define] = {}
         for job in jobs:
             try:
                 ready, definition = self._checked(job)
             except (InvalidJob, InvalidExpression) as error:
                 faults.append(str(error) if isinstance(error, InvalidJob) else f"job {job.id!r}: schedule: {error}")
                 continue
-            if ready.id in self._registered or ready.id in checked:
+            if ready.id in checked or (ready.id in self._registered and ready.id not in own):
                 raise DuplicateId(f"a job {ready.id!r} is registered already: update it, or unregister it first")
-            checked[ready.id] = ready, definition
-        intents = [Define(self._runs, *one, refuse=_refuses(on_conflict)) for one in checked.values()]
-        for intent in intents:
+            intent = checked[ready.id] = Define(self._runs, ready, definition, refuse=refuse)
             try:
-                intent.decide(Draft(intent.job, self._ledger.entries.get(intent.job)))
+                intent.decide(self._ledger.entries.get(ready.id))
             except InvalidJob as error:
                 faults.append(str(error))
         if faults:
             raise InvalidJob(faults)
         known = set(self._ledger.entries)
-        self._registered.update(checked)
+        fresh = checked.keys() - self._registered
+        self._registered.update(fresh)
         try:
-            await self._ledger.do_all(intents)
+            await self._ledger.do_all(list(checked.values()))
         except BaseException:
-            self._registered.difference_update(checked)
-            for id in checked:
+            self._registered.difference_update(fresh)
+            for id in fresh:
                 if id not in known and id in self._ledger.entries:
                     await self._remove(id, cancel=True)
             raise
@@ -304,55 +316,47 @@ class CronScheduler:
         await self.register(self._from_def(definition, model, package))
 
     async def register_from_manifest(self, manifest: Manifest, *, model: str | None = None) -> None:
-        """Start the jobs of a package, all or none, under ids of the form `project:id`. What the store holds of the
-        package and the manifest has no more is removed. Raises what `register_all` raises."""
+        """Start the jobs of a package, all or none, under ids of the form `project:id`, or `model:id` where the target
+        has several models. A package that is there already is replaced: jobs that both have are updated and keep
+        counters and phase, those that the manifest has no more are removed, also those that the store holds from
+        before. Raises what `register_all` raises, `InvalidJob` also for the id of a job that is not the package's."""
         self._check_open()
         package = manifest.project_name if model is None else model
         jobs = [self._from_def(definition, model, package) for definition in manifest.cron_jobs]
-        await self.register_all(jobs)
+        own = set(self._of_package(package))
+        if strangers := [
+            f"job {job.id!r}: id: a job that is not the package's has it"
+            for job in jobs
+            if job.id not in own and (entry := self._ledger.entries.get(job.id)) is not None and entry.job is not None
+        ]:
+            raise InvalidJob(strangers)
+        there_before = package in self._bindings.packages
+        try:
+            await self._register_all(jobs, own=own)
+        except BaseException:
+            if not there_before:
+                self._bindings.packages.discard(package)
+            raise
         self._bindings.packages.add(package)
-        ids = {job.id for job in jobs}
-        for entry in list(self._ledger.entries.values()):
-            if entry.job is not None and entry.job.package == package and entry.id not in ids:
-                await self._remove(entry.id, cancel=False)
+        for id in own - {job.id for job in jobs}:
+            await self._remove(id, cancel=False)
 
     async def unregister_package(self, package: str, *, cancel: bool = False) -> list[str]:
         """Forget exactly the jobs that came with a package. Returns their ids."""
         self._check_open()
-        ids = [
-            entry.id
-            for entry in self._ledger.entries.values()
-            if entry.job is not None and entry.job.package == package
-        ]
+        ids = self._of_package(package)
         for id in ids:
             await self._remove(id, cancel=cancel)
         self._bindings.packages.discard(package)
         return ids
 
+    def _of_package(self, package: str) -> list[str]:
+        entries = self._ledger.entries.values()
+        return [entry.id for entry in entries if entry.job is not None and entry.job.package == package]
+
     def _from_def(self, definition: CronJobDef, model: str | None, package: str | None) -> CronJob:
-        inputs = self._target_of(model).model_info().inputs  # type: ignore[attr-defined]
-        first = inputs[0].name if inputs else "input"
-        priority = Priority.BACKGROUND
-        if definition.priority == "latency_critical":
-            priority = Priority.LATENCY_CRITICAL
-            if not self._allow_critical:
-                priority = Priority.THROUGHPUT
-                logger.warning(
-                    "job %r asks to be latency-critical and runs as throughput: this server does not allow it to delay "
-                    "live requests",
-                    definition.id,
-                )
-        schedule = definition.schedule
-        return CronJob(
-            definition.id if package is None else f"{package}:{definition.id}",
-            schedule.interval_secs if isinstance(schedule, IntervalDef) else schedule,
-            {first: definition.input, **{named.name: named.tensor for named in definition.additional_inputs}},
-            priority=priority,
-            overflow_policy=CronOverflowPolicy(definition.overflow_policy),
-            force_cpu=definition.force_cpu,
-            model=model,
-            package=package,
-        )
+        info: ModelInfo = self._target_of(model).model_info()  # type: ignore[attr-defined]
+        return declared_job(definition, info, model=model, package=package, allow_latency_critical=self._allow_critical)
 
     def bind(self, name: str, function: Callable[..., Any]) -> None:
         """Let jobs refer to a callable by name (`Named`). Stored jobs that waited for it fire from now on; what was due
@@ -361,6 +365,23 @@ class CronScheduler:
         for entry in list(self._ledger.entries.values()):
             if entry.unbound is not None:
                 self._read(entry)
+
+    def look_again(self) -> None:
+        """Models have come or gone: the jobs of those that are not there wait, those of the others fire from now on;
+        what was due meanwhile follows their misfire rule."""
+        for entry in list(self._ledger.entries.values()):
+            if entry.unbound is None and entry.job is not None and entry.job.model is not None:
+                entry.unbound = self._lacks(entry.job.model)
+            if entry.unbound is not None:
+                self._read(entry)
+
+    def _lacks(self, model: str) -> str | None:
+        """Why jobs of a model cannot fire; None if they can."""
+        try:
+            self._target.target(model)
+        except EngineError as error:
+            return str(error)
+        return None
 
     def _checked(self, job: CronJob) -> tuple[CronJob, bytes]:
         """The job as it will fire, and as it is stored. What it refers to by name is there."""
@@ -399,8 +420,8 @@ class CronScheduler:
 
     async def trigger(self, id: str, *, origin: str | None = None) -> CronRun:
         """Fire once, now, also while the job is paused; its overlap policy holds. Asked for twice under one `origin` it
-        is one run. Returns the run as it was recorded. Raises `NotFound`, `InvalidJob` for a job that cannot run
-        here."""
+        is one run, as long as the history has it. Returns the run as it was recorded. Raises `NotFound`, `InvalidJob`
+        for a job that cannot run here and for an origin that cannot be."""
         self._check_open()
         self._entry(id)
         name = _origin(id, origin, "trigger")
@@ -459,9 +480,10 @@ class CronScheduler:
 
     # ---------------------------------------------------------------------------------------- reports
 
-    async def list_jobs(self) -> list[CronJobInfo]:
-        """All jobs, by id."""
-        return [self._info(self._ledger.entries[id]) for id in sorted(self._ledger.entries)]
+    async def list_jobs(self, *, after: str = "", limit: int | None = None) -> list[CronJobInfo]:
+        """The jobs by id: all, or the first `limit` whose ids come after `after`."""
+        ids = sorted(id for id in self._ledger.entries if id > after)
+        return [self._info(self._ledger.entries[id]) for id in ids[:limit]]
 
     async def job_info(self, id: str) -> CronJobInfo | None:
         """What is known of a job; None if there is none of that id."""
@@ -514,6 +536,16 @@ class CronScheduler:
         """What happens from now on, until the scheduler is closed. A reader that falls 1,000 events behind loses the
         oldest, and is told how many."""
         return self._events.read()
+
+    @property
+    def allow_latency_critical(self) -> bool:
+        """Whether jobs may run in the first class."""
+        return self._allow_critical
+
+    @property
+    def figures(self) -> CronFigures:
+        """The counters and histograms of this process as they are kept: to be read."""
+        return self._runs.figures
 
     def statistics(self) -> CronStatistics:
         """The figures of this process."""
@@ -584,8 +616,9 @@ def _refuses(on_conflict: str) -> bool:
 def _origin(job: str, origin: str | None, kind: str) -> str:
     if origin is None:
         return f"{kind}-{uuid.uuid4().hex}"
-    if not origin or origin == SCHEDULE:
-        raise InvalidJob([f"{kind}.origin: expected a name that is neither empty nor {SCHEDULE!r}"], job)
+    if origin == SCHEDULE or not origin.strip() or len(origin) > MAX_ID or not origin.isprintable():
+        expected = f"expected 1 to {MAX_ID} printable characters other than {SCHEDULE!r}"
+        raise InvalidJob([f"origin: {expected}, got {reprlib.repr(origin)}"], job)
     return origin
 
 

@@ -19,9 +19,9 @@ from kapsl_scheduler.core.runs import Firing
 from kapsl_scheduler.errors import Backend, InferenceError, InvalidInput, Overloaded, ResourceExhausted
 from kapsl_scheduler.ports import SinkItem, SinkWriter, SourceItem
 from kapsl_scheduler.runtime.offload import call, in_thread
-from kapsl_scheduler.types import InferenceResponse
+from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
-__all__ = ["RunLost", "Stream", "numbered"]
+__all__ = ["RunLost", "Stream", "numbered", "row_count"]
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Stream:
     async def _settle(self, item: SourceItem, response: InferenceResponse | None, error: Exception | None) -> None:
         host = self._host
         self.requests += 1
-        host.add(item.request, response, _rows(item.request))
+        host.add(item.request, response, row_count(item.request))
         host.done = item.progress
         if error is not None:
             self.failed += 1
@@ -265,8 +265,10 @@ class Stream:
             self._at_work.add_done_callback(lambda _: _unheard(in_thread(close)))
 
 
-def _rows(request: Any) -> int:
-    """Rows of a request: a source's requests carry the batch axis in front."""
+def row_count(request: Any) -> int:
+    """Rows of a request, which has its batch axis in front if it has more than one axis."""
+    if isinstance(request, InferenceRequest):
+        request = request.inputs
     value = next(iter(request.values()), None) if isinstance(request, Mapping) else request
     return int(value.shape[0]) if isinstance(value, np.ndarray) and value.ndim > 1 else 1
 

@@ -49,12 +49,19 @@ class ServedModel(msgspec.Struct, frozen=True):
 class ModelRegistry(Generic[Source]):
     """Many models by name, each behind its own scheduler.
 
-    `factory` makes a started scheduler, loaded and warm, of a source, or raises `ModelLoadError`.
-    Leaving the `async with` closes every model.
+    `factory` makes a started scheduler, loaded and warm, of a source, or raises `ModelLoadError`. `placed` is what
+    belongs to a model beside its scheduler: it is called when a model is in its place, before one that it replaces is
+    closed; if it raises, everything is as it was before. Leaving the `async with` closes every model.
     """
 
-    def __init__(self, factory: Callable[[Source], Awaitable[ModelScheduler]]) -> None:
+    def __init__(
+        self,
+        factory: Callable[[Source], Awaitable[ModelScheduler]],
+        *,
+        placed: Callable[[Source, ServedModel], Awaitable[None]] | None = None,
+    ) -> None:
         self._factory = factory
+        self._placed = placed
         self._models: dict[str, ServedModel] = {}
         self._changes: dict[str, asyncio.Lock] = {}
         self._closing = False
@@ -68,7 +75,8 @@ class ModelRegistry(Generic[Source]):
         await self.close()
 
     async def load(self, name: str, source: Source) -> ServedModel:
-        """Loads a model under a name that is free. Raises `ModelLoadError`, `Unavailable` once `close` was called."""
+        """Loads a model under a name that is free. Raises `ModelLoadError`, `Unavailable` once `close` was called, and
+        what `placed` raises."""
         async with self._changing(name):
             if name in self._models:
                 raise ModelLoadError(f"a model named {name!r} is loaded already: replace it, or unload it first")
@@ -78,7 +86,8 @@ class ModelRegistry(Generic[Source]):
         """Puts a new model in the place of a loaded one, without a gap.
 
         The old one serves until the new one is loaded and warm; what began on the old one ends there, within
-        `drain` seconds. If the new one does not load, nothing changes and its `ModelLoadError` is raised.
+        `drain` seconds. If the new one does not load, nothing changes and its `ModelLoadError` is raised, or what
+        `placed` raises.
         """
         if name not in self._changes:
             self.get(name)
@@ -142,9 +151,25 @@ class ModelRegistry(Generic[Source]):
         if self._closing:
             await scheduler.close(0.0)
             raise Unavailable("the registry was closed while the model was being loaded")
+        before = self._models.get(name)
         model = ServedModel(name, scheduler.model_info(), scheduler)
         self._models[name] = model
+        if self._placed is not None:
+            try:
+                await self._placed(source, model)
+            except BaseException:
+                await self._take_back(model, before)
+                raise
         return model
+
+    async def _take_back(self, model: ServedModel, before: ServedModel | None) -> None:
+        if before is None:
+            self._models.pop(model.name, None)
+        elif not self._closing:
+            self._models[model.name] = before
+        else:  # `close` knew nothing of it: it was not listed
+            await before.scheduler.close(0.0)
+        await model.scheduler.close()
 
     def _changing(self, name: str) -> asyncio.Lock:
         """Changes to one name wait for each other; a load of one model does not hold up another's."""

@@ -11,24 +11,26 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from kapsl_scheduler import errors
+from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
+from kapsl_scheduler.server.bodies import JSON, LONG_BODY, beside_the_loop, json_response, read_body
+from kapsl_scheduler.server.cron import CronApi
+from kapsl_scheduler.server.metrics import Metrics
 from kapsl_scheduler.server.oip import InferCall, check_outputs, decode_request, encode_reply, model_metadata
 from kapsl_scheduler.types import InferenceResponse
 
 __all__ = ["HttpApi", "status_of"]
-
-Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -41,23 +43,27 @@ _STATUS: Final[Mapping[type[BaseException], int]] = {
     errors.Cancelled: 499,  # the client went away, or somebody cancelled for it
     errors.Unavailable: 503,
     errors.DeadlineExceeded: 504,
+    errors.InvalidExpression: 400,
+    errors.InvalidJob: 400,
+    errors.NotFound: 404,
+    errors.DuplicateId: 409,
+    errors.StoreError: 503,
+    errors.CronError: 503,  # the scheduler of the jobs is closing
     BaseException: 500,
 }
 # Seconds before it is looked whether the client is still there. A task that watches costs as much as the rest of
 # a short request, and one that is answered by then needs none; a client that goes sooner is noticed then.
 _WATCH_AFTER: Final = 0.05
-_LOAD_BYTES: Final = 64 << 10  # a load request says next to nothing
+_LOAD_BYTES: Final = 64 << 10  # a request to load or unload says next to nothing
 # Clients say by a header that a body is not plain JSON.
 _FOREIGN_FORMS: Final[Mapping[bytes, str]] = {
     b"content-encoding": "a compressed body",
     b"inference-header-content-length": "binary tensor data",
 }
 _EXPECTED: Final = "expected JSON as it is, with the values of each tensor in data"
-# Bytes of a request, and values of an answer, whose JSON takes more than a few milliseconds.
-_LONG_BODY: Final = 512 << 10
+# Values of an answer whose JSON takes more than a few milliseconds.
 _LONG_ANSWER: Final = 32 << 10
 _TRY_AGAIN: Final = frozenset({429, 503})
-_JSON: Final = "application/json"
 
 
 def status_of(error: BaseException) -> int:
@@ -67,23 +73,22 @@ def status_of(error: BaseException) -> int:
 
 def _error_response(error: BaseException) -> Response:
     status = status_of(error)
-    if not isinstance(error, errors.EngineError):
+    if not isinstance(error, errors.EngineError | errors.CronError):
         return _error_body(500, "the server failed; its log says why", "internal")
-    body = _error_body(status, str(error) or error.code, error.code, retry_after=error.retry_after)
+    retry_after = getattr(error, "retry_after", None)
+    details: dict[str, Any] = {} if retry_after is None else {"retry_after": retry_after}
+    if isinstance(error, errors.InvalidJob | errors.InvalidPackage):
+        details["faults"] = error.faults
+    elif isinstance(error, errors.InvalidExpression):
+        details |= {key: getattr(error, key) for key in ("text", "field", "token", "position", "hint")}
+    response = _error_body(status, str(error) or error.code, error.code, **details)
     if status in _TRY_AGAIN:
-        body.headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 0)))
-    return body
+        response.headers["retry-after"] = str(max(1, math.ceil(retry_after or 0)))
+    return response
 
 
-def _error_body(status: int, message: str, code: str, *, retry_after: float | None = None) -> Response:
-    body: dict[str, Any] = {"error": message, "code": code}
-    if retry_after is not None:
-        body["retry_after"] = retry_after
-    return _json(body, status)
-
-
-def _json(body: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(body), status, media_type=_JSON)
+def _error_body(status: int, message: str, code: str, **details: Any) -> Response:
+    return json_response({"error": message, "code": code, **details}, status)
 
 
 def _index_entry(model: ServedModel) -> dict[str, str]:
@@ -100,8 +105,9 @@ class HttpApi:
 
     Bodies beyond `max_body_bytes` are refused with 413, inference requests beyond `max_in_flight` at a time with
     429; health and metadata are answered all the same. While `draining` is true the server says that it is not
-    ready; that changes nothing for requests that come all the same. `reload` loads a model anew from where it came;
-    without it there is no route for that.
+    ready, and refuses to change jobs; inference requests that come all the same are answered. `reload` loads a model
+    anew from where it came, `unload` takes it out of service; without them there are no routes for that. With a `cron`
+    scheduler there are the routes of its jobs.
     """
 
     def __init__(
@@ -112,9 +118,14 @@ class HttpApi:
         max_body_bytes: int = 64 << 20,
         max_in_flight: int = 4096,
         reload: Callable[[str], Awaitable[ServedModel]] | None = None,
+        unload: Callable[[str], Awaitable[None]] | None = None,
+        cron: CronScheduler | None = None,
     ) -> None:
         self.draining = False
         self._reload = reload
+        self._unload = unload
+        self._cron = None if cron is None else CronApi(cron, registry, self._check_open, max_body_bytes=max_body_bytes)
+        self._metrics = Metrics(version, cron)
         self._registry = registry
         self._version = version
         self._max_body_bytes = max_body_bytes
@@ -130,13 +141,14 @@ class HttpApi:
         model = "/v2/models/{model}"
         version = model + "/versions/{version}"
         infer = _Endpoint(self)
-        routes = [
+        routes: list[BaseRoute] = [
             Route(model + "/infer", infer, methods=["POST"]),
             Route(version + "/infer", infer, methods=["POST"]),
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
             Route("/v2", self._server),
             Route("/v2/repository/index", self._index, methods=["POST"]),
+            Route("/metrics", self._figures),
         ]
         for prefix in (model, version):
             routes += [
@@ -146,11 +158,16 @@ class HttpApi:
             ]
         if self._reload is not None:
             routes.append(Route("/v2/repository/models/{model}/load", self._load, methods=["POST"]))
+        if self._unload is not None:
+            routes.append(Route("/v2/repository/models/{model}/unload", self._take_out, methods=["POST"]))
+        if self._cron is not None:
+            routes += self._cron.routes()
         app = Starlette(
             routes=routes,
             exception_handlers={
                 HTTPException: self._no_such_route,
                 errors.EngineError: self._failed,
+                errors.CronError: self._failed,
                 Exception: self._failed,
             },
         )
@@ -173,17 +190,17 @@ class HttpApi:
         try:
             if self._in_flight > self._max_in_flight:
                 raise errors.Overloaded(f"{self._max_in_flight} inference requests are in flight, which is the limit")
-            body = await _read_body(scope, receive, self._max_body_bytes)
+            body = await read_body(scope, receive, self._max_body_bytes)
             version = scope["path_params"].get("version", "")
             self._registry.get(name, version)  # before much is decoded for nobody
-            call = await _beside_the_loop(len(body) > _LONG_BODY, _decode, body, scope)
+            call = await beside_the_loop(len(body) > LONG_BODY, _decode, body, scope)
             model = self._registry.get(name, version)
             if call.outputs and model.info.outputs:
                 check_outputs(call.outputs, (spec.name for spec in model.info.outputs))
             answer = await _infer_while_connected(model, call, receive)
             long = sum(array.size for array in answer.outputs.values()) > _LONG_ANSWER
-            encoded = await _beside_the_loop(long, encode_reply, model.info, name, answer.outputs, call)
-            response = Response(encoded, media_type=_JSON)
+            encoded = await beside_the_loop(long, encode_reply, model.info, name, answer.outputs, call)
+            response = Response(encoded, media_type=JSON)
         except errors.EngineError as error:
             response = _error_response(error)
             if response.status_code == 500:
@@ -198,39 +215,41 @@ class HttpApi:
     # ------------------------------------------------------------------------------------------- the rest
 
     async def _live(self, request: Request) -> Response:
-        return _json({"live": True})
+        return json_response({"live": True})
 
     async def _ready(self, request: Request) -> Response:
         ready = not self.draining and self._registry.ready()
-        return _json({"ready": ready}, 200 if ready else 503)
+        return json_response({"ready": ready}, 200 if ready else 503)
 
     async def _server(self, request: Request) -> Response:
-        return _json({"name": "kapsl-scheduler", "version": self._version, "extensions": ["schedule_policy"]})
+        return json_response({"name": "kapsl-scheduler", "version": self._version, "extensions": ["schedule_policy"]})
 
     async def _index(self, request: Request) -> Response:
-        return _json([_index_entry(model) for model in self._registry.list()])
+        return json_response([_index_entry(model) for model in self._registry.list()])
 
     async def _load(self, request: Request) -> Response:
-        body = await _read_body(request.scope, request.receive, _LOAD_BYTES)
-        try:
-            parameters = msgspec.json.decode(body or b"{}", type=_LoadRequest).parameters
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise errors.InvalidInput(f"the request body is not a load request: {error}") from None
-        if parameters:
-            raise errors.InvalidInput(
-                f"parameters: {', '.join(parameters)} came, expected none: a model is loaded as is"
-            )
+        await _read_plain(request, "load")
         assert self._reload is not None
-        return _json(_index_entry(await self._reload(request.path_params["model"])))
+        return json_response(_index_entry(await self._reload(request.path_params["model"])))
+
+    async def _take_out(self, request: Request) -> Response:
+        await _read_plain(request, "unload")
+        assert self._unload is not None
+        await self._unload(request.path_params["model"])
+        return json_response({})
+
+    async def _figures(self, request: Request) -> Response:
+        text, kind = self._metrics.render(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind})
 
     async def _model(self, request: Request) -> Response:
         model = self._requested(request)
-        return _json(model_metadata(model.name, model.info))
+        return json_response(model_metadata(model.name, model.info))
 
     async def _model_ready(self, request: Request) -> Response:
         model = self._requested(request)
         ready = not self.draining and model.ready
-        return _json({"name": model.name, "ready": ready}, 200 if ready else 503)
+        return json_response({"name": model.name, "ready": ready}, 200 if ready else 503)
 
     async def _model_stats(self, request: Request) -> Response:
         model = self._requested(request)
@@ -244,11 +263,15 @@ class HttpApi:
             "answers": {str(status): count for status, count in sorted(answers.items())},
             "scheduler": statistics,
         }
-        return _json({"model_stats": [entry]})
+        return json_response({"model_stats": [entry]})
 
     def _requested(self, request: Request) -> ServedModel:
         parameters = request.path_params
         return self._registry.get(parameters["model"], parameters.get("version", ""))
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise errors.Unavailable("the server is closing")
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         return _error_response(error)
@@ -258,6 +281,8 @@ class HttpApi:
         message, code = error.detail, "http_error"
         if error.status_code == 404:
             message, code = f"nothing is at {request.url.path}; the routes begin at /v2", "not_found"
+            if self._cron is None and request.url.path.startswith("/v2/cron/"):
+                message = "this server runs no jobs: it was started with --no-cron"
         elif error.status_code == 405:
             message, code = f"{request.method} is not a method of {request.url.path}", "method_not_allowed"
         response = _error_body(error.status_code, message, code)
@@ -275,36 +300,15 @@ class _Endpoint:
         await self._api.infer(scope, receive, send)
 
 
-async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The body, of `limit` bytes at most. Raises `ResourceExhausted` as soon as there are more."""
-    declared = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
-    _check_size(declared, limit)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        body: bytes = message.get("body", b"")
-        _check_size(len(body), limit)
-        return body
-    collected = bytearray()
-    while message["type"] == "http.request":
-        collected += message.get("body", b"")
-        _check_size(len(collected), limit)
-        if not message.get("more_body", False):
-            return bytes(collected)
-        message = await receive()
-    raise errors.Cancelled("the client went away before its request was complete")
-
-
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        raise errors.ResourceExhausted(f"the request body has {size} bytes or more, expected at most {limit}")
-
-
-async def _beside_the_loop(beside: bool, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls the function, in a thread if `beside`: it then takes turns with the loop instead of keeping everybody
-    waiting until it is done."""
-    if beside:
-        return await asyncio.to_thread(function, *arguments)
-    return function(*arguments)
+async def _read_plain(request: Request, what: str) -> None:
+    """Reads the body of a request that has nothing to say but its path. Raises `InvalidInput` if it says more."""
+    body = await read_body(request.scope, request.receive, _LOAD_BYTES)
+    try:
+        parameters = msgspec.json.decode(body or b"{}", type=_LoadRequest).parameters
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise errors.InvalidInput(f"the request body is no {what} request: {error}") from None
+    if parameters:
+        raise errors.InvalidInput(f"parameters: {', '.join(parameters)} came, expected none: a model is {what}ed as is")
 
 
 def _decode(body: bytes, scope: Scope) -> InferCall:

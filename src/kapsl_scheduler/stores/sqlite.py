@@ -241,12 +241,13 @@ class SqliteStore:
         or a cancellation, those of the transactions before are gone."""
         thread = self._opened()
         deleted = 0
-        while (number := await thread.write(partial(_prune_old, before))) == PRUNE_RUNS:
-            deleted += number
-        deleted += number
         job: str | None = ""
-        while job is not None:
+        while job is not None:  # before the old ones, which count among the newest too
             number, job = await thread.write(partial(_prune_many, job, keep))
+            deleted += number
+        number = PRUNE_RUNS
+        while number == PRUNE_RUNS:
+            number = await thread.write(partial(_prune_old, before))
             deleted += number
         return deleted
 

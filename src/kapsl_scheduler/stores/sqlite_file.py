@@ -62,6 +62,7 @@ class SqliteFile:
         self.path = path
         self._busy_timeout = busy_timeout
         self._connection: sqlite3.Connection | None = None
+        self._place: tuple[int, int] | None = None  # which file of the system it is, once it was opened
 
     def read(self, call: Callable[[sqlite3.Connection], T]) -> T:
         """What the call returns, outside a transaction. It fetches all that it asks for: what is still being read
@@ -74,7 +75,9 @@ class SqliteFile:
     def begin(self) -> None:
         """Begin a transaction that nobody else can write beside."""
         try:
-            self._connected().execute("BEGIN IMMEDIATE")
+            connection = self._connected()
+            self._check_place()
+            connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
             raise self._failed(error) from error
 
@@ -93,6 +96,10 @@ class SqliteFile:
 
     def close(self) -> None:
         """Let go of the file. The last one to do so folds the log into it and deletes the log."""
+        self._drop()
+        self._place = None
+
+    def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -104,7 +111,7 @@ class SqliteFile:
         self._roll_back()
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of it says which kind of it
         if code not in _PASSING:
-            self.close()
+            self._drop()
         if code in _LOCKED:
             hint = (
                 f"it is locked: another process holds it and did not let go within {self._busy_timeout:g} s; find it "
@@ -121,14 +128,31 @@ class SqliteFile:
         try:
             self._connection.execute("ROLLBACK")
         except sqlite3.Error:
-            self.close()  # which rolls back
+            self._drop()  # which rolls back
 
     # ----------------------------------------------------------------------------------------- opening
 
     def _connected(self) -> sqlite3.Connection:
         if self._connection is None:
             self._connection = self._open()
+            self._place = self._found()
         return self._connection
+
+    def _found(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _check_place(self) -> None:
+        """Raise `StoreError` where the path leads to another file than before: SQLite would go on writing into the one
+        that nobody finds any more, and opened anew, would mix the log of the one with the pages of the other."""
+        if self._place is not None and self._found() != self._place:
+            raise StoreError(
+                f"{self.path}: it was moved, replaced or deleted while it was open: put it back; to go on with another "
+                "file, end all that use it and remove its -wal and -shm first"
+            )
 
     def _open(self) -> sqlite3.Connection:
         # No folder is made: a path with a slip in it would give a new, empty store, and nobody would miss the old one.
@@ -136,6 +160,7 @@ class SqliteFile:
             raise StoreError(f"{self.path}: there is no folder {self.path.parent}: make it, or choose another path")
         if self.path.is_dir():
             raise StoreError(f"{self.path}: it is a folder: name a file in it")
+        self._check_place()
         connection = sqlite3.connect(
             self.path, timeout=self._busy_timeout, isolation_level=None, cached_statements=_STATEMENTS
         )

@@ -151,7 +151,8 @@ def _first(writes: deque[_Work]) -> list[_Work]:
 def _refuse(works: Sequence[_Work], error: Exception) -> None:
     """Each gets an error of its own: one that several tasks raise would collect all their tracebacks."""
     for work in works:
-        work.error = error if len(works) == 1 else StoreError(*error.args)
+        work.error = StoreError(*error.args) if len(works) > 1 else error
+        work.error.__cause__ = error.__cause__
     _hand_over(works)
 
 

@@ -1,0 +1,121 @@
+"""What all commands share: options, running a coroutine, reading JSON, and errors as messages that say what to do.
+
+What is not here: the commands (`cli`, `cli_jobs`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+import numpy as np
+
+from kapsl_scheduler.config import ConfigError
+from kapsl_scheduler.errors import (
+    CronError,
+    EngineError,
+    InvalidExpression,
+    InvalidJob,
+    InvalidPackage,
+    ModelNotLoaded,
+    NotFound,
+    Unavailable,
+)
+
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit("The command line needs click: pip install 'kapsl-scheduler[server,onnx]'")
+
+__all__ = ["Commands", "click", "json_option", "print_json", "read_input", "read_json", "run_coroutine", "url_option"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_DEFAULT_URL: Final = "http://127.0.0.1:8080"
+_EXTRAS: Final = frozenset({"click", "httptools", "onnxruntime", "prometheus_client", "rich", "starlette", "uvicorn"})
+_ADVICE: Final[Mapping[type[Exception], str]] = {
+    Unavailable: "Start a server with `kapsl-scheduler serve MODEL`, or name one with --url.",
+    ModelNotLoaded: "`kapsl-scheduler models` lists what is there.",
+    NotFound: "`kapsl-scheduler jobs list` lists what is there.",
+}
+
+
+class Commands(click.Group):
+    """Turns what a command raises into one message that says what to do next."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+        except (EngineError, CronError) as error:
+            advice = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), "")
+            raise click.ClickException("\n".join(filter(None, [_message(error), advice]))) from error
+        except ModuleNotFoundError as error:
+            if error.name not in _EXTRAS:
+                raise
+            message = f"{error.name} is not installed: pip install 'kapsl-scheduler[server,onnx]'"
+            raise click.ClickException(message) from error
+        except OSError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _message(error: EngineError | CronError) -> str:
+    if isinstance(error, InvalidPackage) and len(error.faults) > 1:
+        return _listed(error.source, error.faults)
+    if isinstance(error, InvalidJob) and len(error.faults) > 1:
+        return _listed(f"job {error.job!r}" if error.job else "the job", error.faults)
+    if isinstance(error, InvalidExpression) and error.text:
+        shown = "".join(character if character.isprintable() else " " for character in error.text)
+        mark = " " * error.position + "^" * max(1, len(error.token))
+        return f"{error}\n  {shown}\n  {mark}"
+    return str(error)
+
+
+def _listed(what: str, faults: tuple[str, ...]) -> str:
+    return "\n  ".join((f"{what}: {len(faults)} faults", *faults))
+
+
+def url_option(command: _Command) -> _Command:
+    return click.option("--url", default=_DEFAULT_URL, show_default=True, help="Address of the server.")(command)
+
+
+def json_option(command: _Command) -> _Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def print_json(value: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(value)))
+
+
+def run_coroutine(main: Coroutine[Any, Any, Any]) -> Any:
+    """`asyncio.run`, on uvloop where there is one: it does not exist for Windows."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+def read_input(source: str) -> Any:
+    """What is in a .npy file, or else JSON of a file or (`-`) of stdin."""
+    if source.endswith(".npy"):
+        try:
+            return np.load(source, allow_pickle=False)
+        except ValueError as error:
+            raise click.ClickException(f"{source}: is not an array: {error}") from error
+    if source == "-":
+        return read_json(sys.stdin.buffer.read(), "stdin")
+    return read_json(Path(source).read_bytes(), source)
+
+
+def read_json(data: bytes, where: str) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        raise click.ClickException(f"{where}: is not JSON: {error}") from error

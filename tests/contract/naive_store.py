@@ -44,8 +44,8 @@ class NaiveStore:
         named: list[tuple[str, int, str]] = []
         for run in change.updated:
             before = self.find(run)
-            allowed = {run.owner} if change.taken_from is None else {run.owner, change.taken_from}
-            if before is None or not before.state.open or before.owner not in allowed or run.key in named:
+            owner = run.owner if change.taken_from is None else change.taken_from
+            if before is None or not before.state.open or before.owner != owner or run.key in named:
                 return Stale(record)
             named.append(run.key)
         return None

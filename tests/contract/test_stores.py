@@ -284,7 +284,9 @@ async def test_a_run_is_taken_from_its_owner_once(store: JobStore) -> None:
     await add(store, run(1, owner="dead"), run(2, RunState.PENDING, owner=""), run(3))
     begun = run(2, owner="me", started=4)
     assert await commit(store, updated=(run(1, attempt=2),), taken_from="dead") == Committed(0)
-    assert await commit(store, updated=(begun, run(3, rows=1)), taken_from="") == Committed(0)
+    assert await commit(store, updated=(begun, run(3, rows=1)), taken_from="") == Stale(None)
+    assert await commit(store, updated=(begun,), taken_from="") == Committed(0)
+    assert await commit(store, updated=(run(2, owner="me", started=5),), taken_from="") == Stale(None)  # it has begun
     assert await commit(store, updated=(run(1, owner="they"),), taken_from="dead") == Stale(None)
     assert await commit(store, updated=(run(2, owner="they"),), taken_from="") == Stale(None)
     assert [r.owner for r in await store.runs(RunQuery())] == ["me", "me", "me"]

@@ -171,9 +171,9 @@ class Change(msgspec.Struct, gc=False, frozen=True, kw_only=True):
     `expected` is the version of the job that the decision was made on: 0 where it was not there, None to leave the job
     as it is whatever it has become. `state` and `definition` replace the job's (both together create it), `remove`
     takes it away with its memory, whatever else is said of it; its runs stay. `created` are new runs; `updated` replace
-    open runs of the same key that have the same owner as theirs or as `taken_from` (`""` for runs that nobody has
-    begun), and keep their number. `memory` sets what the job's source and sink remember, None to forget it; where there
-    is no job there is nobody to remember it, and it is dropped.
+    open runs of the same key whose owner is `taken_from` (`""` for runs that nobody has begun), or their own where that
+    is None, and keep their number. `memory` sets what the job's source and sink remember, None to forget it; where
+    there is no job there is nobody to remember it, and it is dropped.
 
     What stands in its way is looked for in this order: the version, `created`, `updated`. A run that is named twice in
     one change stands in its own way.

@@ -75,11 +75,6 @@ def _version(entry: Entry | None) -> int:
     return 0 if entry is None else entry.version
 
 
-def _as_it_seems(entry: Entry) -> Change:
-    """Nothing is left to do, if the job is what it is taken for: the store knows."""
-    return Change(job=entry.id, expected=entry.version, state=entry.state)
-
-
 class _Creating(Intent):
     """Something that adds runs, and starts those that are to run."""
 
@@ -297,7 +292,6 @@ class Start(Intent):
             self._host.room_for_waiting(entry)
 
     def refused(self) -> None:
-        """Another has started it: one of the others may start in its place."""
         self._host.starting.discard(self._before.key)
         self._host.room_in(self.job)
 
@@ -335,6 +329,7 @@ class Rescue(Intent):
         return Change(
             job=self.job,
             expected=_version(entry),
+            # Also where the books stay as they are: it is another version, and who would take it too comes too late.
             state=None if entry is None or before.detached else booked(entry.state, before, self._after),
             updated=(self._after,),
             taken_from=taken_from,
@@ -386,9 +381,8 @@ class Attempt(Intent):
         self._after = after
 
     def decide(self, entry: Entry | None) -> Change | None:
-        if entry is None:
-            return Change(job=self.job, expected=None, updated=(self._after,))
-        return Change(job=self.job, expected=entry.version, state=entry.state, updated=(self._after,))
+        state = None if entry is None else entry.state
+        return Change(job=self.job, expected=_version(entry), state=state, updated=(self._after,))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
         execution = self._execution
@@ -493,7 +487,8 @@ class Define(Intent):
             return Change(job=self.job, expected=0, state=state, definition=self._definition)
         self._told = ""
         if entry.definition == self._definition:
-            return _as_it_seems(entry)
+            # As it seems: the store knows.
+            return Change(job=self.job, expected=entry.version, state=entry.state)
         if self._refuse:
             raise InvalidJob(["id: the store has another job of this id, and on_conflict is 'error'"], self.job)
         self._told = "updated"
@@ -548,9 +543,9 @@ class Pause(Intent):
 
     def decide(self, entry: Entry | None) -> Change | None:
         entry = _found(entry, self.job)
-        if entry.state.paused:
-            return _as_it_seems(entry)
-        return Change(job=self.job, expected=entry.version, state=replace(entry.state, paused=self._reason))
+        # Written also where it seems to be so already: the store knows.
+        state = replace(entry.state, paused=entry.state.paused or self._reason)
+        return Change(job=self.job, expected=entry.version, state=state)
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
@@ -572,8 +567,8 @@ class Resume(Intent):
     def decide(self, entry: Entry | None) -> Change | None:
         entry = _found(entry, self.job)
         self._missed = ()
-        if not entry.state.paused:
-            return _as_it_seems(entry)
+        if not entry.state.paused:  # as it seems: the store knows
+            return Change(job=self.job, expected=entry.version, state=entry.state)
         state = replace(entry.state, paused="", failures=0)
         if not self._catch_up and entry.job is not None and entry.timetable is not None:
             now = self._host.wall()

@@ -212,6 +212,7 @@ class Ledger:
                     if self.failing is None:
                         logger.error("the store of the cron jobs fails, it is tried again: %s", error)
                     self.failing = error
+                    self._fail_calls(error)
                     if not patient:
                         return
                     await asyncio.sleep(wait if self._queue else 0)
@@ -257,13 +258,20 @@ class Ledger:
         return True
 
     def _not_written(self, intents: Sequence[Intent], error: Exception) -> None:
-        """The lasting ones are tried again; the others fail, also those that would be next."""
-        self._unsure.extend(intent for intent in intents if intent.lasting and intent.turns is not None)
-        everyone = [*intents, *self._queue]
-        self._queue = deque(intent for intent in everyone if intent.lasting)
-        for intent in everyone:
+        """The lasting ones are tried again, before all others; the others fail."""
+        self._queue.extendleft(intent for intent in reversed(intents) if intent.lasting)
+        for intent in intents:
             if not intent.lasting:
                 intent.fail(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))
+            elif intent.turns is not None:
+                self._unsure.append(intent)
+
+    def _fail_calls(self, error: StoreError) -> None:
+        """Whoever waits for an answer is not kept by what others have to write."""
+        waiting, self._queue = self._queue, deque(intent for intent in self._queue if intent.lasting)
+        for intent in waiting:
+            if not intent.lasting:
+                intent.fail(error)
 
     async def _find_out(self) -> None:
         """What has become of what may have been written. Raises whatever the store raises."""
@@ -280,7 +288,7 @@ class Ledger:
             self._queue.remove(intent)
             self.refresh(intent.job, records[0] if records else None)
             if run is not None and _same(run, after):
-                _answer(intent, self.entries.get(intent.job), ())
+                _tell(intent, intent.done, self.entries.get(intent.job), ())
             else:
                 _tell(intent, intent.refused)
 

@@ -96,8 +96,7 @@ class MemoryStore:
         number = self._by_key.get((run.job, run.nominal, run.origin), 0)
         if number not in self._open:
             return 0
-        owner = self._runs[number].owner
-        return number if owner == run.owner or owner == taken_from else 0
+        return number if self._runs[number].owner == (run.owner if taken_from is None else taken_from) else 0
 
     def _existing(self, created: Sequence[Run]) -> Run | None:
         for run in created:

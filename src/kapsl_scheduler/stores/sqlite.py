@@ -52,9 +52,7 @@ _PUT_MEMORY: Final = (
     "ON CONFLICT (job, key) DO UPDATE SET value = excluded.value"
 )
 _FIND_RUN: Final = f"SELECT {_RUN} FROM runs WHERE job = ? AND nominal = ? AND origin = ?"
-_FIND_OPEN: Final = (
-    f"SELECT number FROM runs WHERE job = ? AND nominal = ? AND origin = ? AND {_OPEN} AND owner IN (?, ?)"
-)
+_FIND_OPEN: Final = f"SELECT number FROM runs WHERE job = ? AND nominal = ? AND origin = ? AND {_OPEN} AND owner = ?"
 _PUT_RUN: Final = f"INSERT INTO runs ({', '.join(_NEW)}) VALUES ({', '.join('?' * len(_NEW))})"
 _SET_RUN: Final = f"UPDATE runs SET {', '.join(f'{field} = ?' for field in _NEW[3:])} WHERE number = ?"
 _BEAT: Final = "INSERT INTO owners (owner, beat) VALUES (?, 1) ON CONFLICT (owner) DO UPDATE SET beat = beat + 1"
@@ -151,8 +149,8 @@ class SqliteStore:
         if len(change.created) > 1 and (twice := repeated(change.created)) is not None:
             return Exists(twice)
         for run in change.updated:
-            owners = (run.owner, run.owner if change.taken_from is None else change.taken_from)
-            row = execute(_FIND_OPEN, run.key + owners).fetchone()
+            owner = run.owner if change.taken_from is None else change.taken_from
+            row = execute(_FIND_OPEN, (*run.key, owner)).fetchone()
             if row is None:
                 return self._stale(connection, change)
             numbers.append(row[0])

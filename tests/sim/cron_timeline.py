@@ -141,6 +141,7 @@ class Timeline:
         """As SIGKILL does it: what is under way stops where it is."""
         process.store.killed = True
         self.processes.remove(process)
+        process.cron._alarm.stop()
         process.cron._runs._ready.clear()
         tasks = [*process.cron._services, *process.cron._runs._runners]
         for task in tasks:

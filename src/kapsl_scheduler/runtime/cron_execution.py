@@ -106,8 +106,8 @@ class Execution:
         self.stop()
 
     def stop(self) -> None:
-        """Cancel it, if it has begun."""
-        if self.task is not None:
+        """Cancel it, if it has begun, and once."""
+        if self.task is not None and not self.stopped:
             self.stopped = True
             self.task.cancel()
 

@@ -174,8 +174,7 @@ class Runs:
             self.running -= 1
             execution.task = None
             if execution.stopped:
-                while task.cancelling():
-                    task.uncancel()
+                task.uncancel()  # once: somebody else may have cancelled the runner itself
 
     def _forget(self, execution: Execution) -> None:
         of_job = self._of_job[execution.run.job]

@@ -114,7 +114,9 @@ def show(id: str, url: str, as_json: bool) -> None:
     help="What a firing does when the model is full.",
 )
 @click.option("--force-cpu", is_flag=True, help="Run on the CPU whatever there is.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that one attempt may take.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that a run may take, with all its attempts."
+)
 @click.option("--attempts", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--paused", is_flag=True, help="Do not fire before it is resumed.")
 @url_option

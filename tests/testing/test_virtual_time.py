@@ -267,3 +267,20 @@ def test_many_sleepers_wake_at_their_moments() -> None:
         return all(await asyncio.gather(*(sleeper(number * 1e-4) for number in range(20_000))))
 
     assert run_virtual(main())
+
+
+def test_late_in_time_a_timer_at_exactly_now_still_runs() -> None:
+    """Beyond some months a float cannot tell now from now and the nanosecond that asyncio allows itself."""
+
+    async def main() -> list[str]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        loop.clock.now = 30_032_400.0
+        ran: list[str] = []
+        loop.call_at(loop.time(), ran.append, "now")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await asyncio.sleep(1)
+        return ran
+
+    assert run_virtual(main()) == ["now"]

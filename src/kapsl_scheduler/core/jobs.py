@@ -131,8 +131,8 @@ class FiringPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 class RunPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How one run goes.
 
-    `timeout` (seconds) bounds the run with all its attempts. `block_timeout` (seconds) bounds the wait for room under
-    `CronOverflowPolicy.BLOCK`. `attempts` counts the first one in; before the nth repetition it waits
+    `timeout` (seconds) bounds the run with all its attempts. `block_timeout` (seconds, None: 60) bounds the wait for
+    room under `CronOverflowPolicy.BLOCK`. `attempts` counts the first one in; before the nth repetition it waits
     `backoff` x 2^(n-1) seconds, at most `max_backoff`; only errors that may pass are tried again. After `pause_after`
     failures in a row the job is paused. `max_in_flight` bounds the requests of one run that are out at a time.
     """

@@ -32,6 +32,8 @@ CALLBACK_LIMIT: Final = 30.0
 """Seconds that `on_result` may take where the job has no timeout of its own."""
 CALLBACK_LEAST: Final = 0.5
 """Seconds that `on_result` gets after a run that used up its timeout."""
+BLOCK_LIMIT: Final = 60.0
+"""Seconds that a firing under `block` waits for room where its job says nothing: None would be the queue's limit."""
 _LEAST: Final = 1e-3  # seconds: a timeout must be above 0, and this one is about to strike anyway
 
 
@@ -279,7 +281,7 @@ class Execution:
         others of a firing that has started wait for room."""
         job = self._job
         timeout = None if self._until is None else max(self._until - asyncio.get_running_loop().time(), _LEAST)
-        wait = job.run.block_timeout
+        wait = BLOCK_LIMIT if job.run.block_timeout is None else job.run.block_timeout
         if starts and job.overflow_policy is CronOverflowPolicy.SKIP_IF_BUSY:
             wait = 0.0
         return self._host.target(job.model).infer(
@@ -322,7 +324,8 @@ class Execution:
 
 
 class PartlyFailed(CronError):
-    """Some requests of a firing failed; the others were answered, and their answers handed on."""
+    """Some requests of a firing failed; the others were answered, and their answers handed on. It is not tried again: a
+    source has gone on behind what failed, and the next attempt would find nothing to do and call that a success."""
 
     code = "partly_failed"
 
@@ -331,7 +334,6 @@ class PartlyFailed(CronError):
         super().__init__(
             f"{stream.failed} of {stream.requests} requests failed, the first ({stream.first_key}): {_text(error)}"
         )
-        self.retryable = _may_pass(error)  # type: ignore[misc]  # it is as its cause is
         self.__cause__ = error
 
 

@@ -70,7 +70,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, *, patience: float = 0.0) -> None:
         self.clock = VirtualClock()
-        super().__init__(_VirtualSelector(self._jump, patience))
+        super().__init__(_VirtualSelector(self._jump, self._nudge, patience))
 
     def time(self) -> float:
         """Virtual seconds since the loop was made."""
@@ -97,12 +97,20 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             due = math.nextafter(due, math.inf)
         self.clock.now = max(self.clock.now, due)
 
+    def _nudge(self) -> None:
+        """A timer at exactly now, this late: asyncio does not wait for it, and does not run it either."""
+        if self.clock.now > _EXACT and not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            due: float = self._scheduled[0].when()  # type: ignore[attr-defined]
+            if due == self.clock.now:
+                self.clock.now = math.nextafter(due, math.inf)
+
 
 class _VirtualSelector(selectors.BaseSelector):
-    """Never blocks for longer than `patience` real seconds; calls `jump` when it would."""
+    """Never blocks for longer than `patience` real seconds; calls `jump` when it would, else `nudge`."""
 
-    def __init__(self, jump: Callable[[float | None], None], patience: float) -> None:
+    def __init__(self, jump: Callable[[float | None], None], nudge: Callable[[], None], patience: float) -> None:
         self._jump = jump
+        self._nudge = nudge
         self._patience = patience
         self._real = selectors.DefaultSelector()
 
@@ -112,7 +120,9 @@ class _VirtualSelector(selectors.BaseSelector):
             events = self._real.select(0 if busy else self._patience)
             if events:
                 return events
-        if not busy:
+        if busy:
+            self._nudge()
+        else:
             self._jump(timeout)
         return []
 

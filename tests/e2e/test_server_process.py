@@ -30,7 +30,7 @@ from tests.e2e.process import DIGITS, PATIENCE, build_working_model, serving, st
 
 pytestmark = pytest.mark.slow
 
-LONG = 400  # turns of the working model: some tenths of a second
+LONG = 1600  # turns of the working model: some tenths of a second, also on a fast machine
 
 
 @pytest.fixture(scope="module")

@@ -220,15 +220,16 @@ async def test_somebody_who_waits_for_a_close_may_go() -> None:
 async def test_a_run_that_does_not_end_is_left_behind_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
     let_go = asyncio.Event()
 
-    async def stubborn(firing: Any) -> None:
-        while not let_go.is_set():
-            try:
-                await let_go.wait()
-            except asyncio.CancelledError:
-                pass
+    class Stubborn(Target):
+        async def infer(self, request: Any, **options: Any) -> Any:
+            while not let_go.is_set():
+                try:
+                    await let_go.wait()
+                except asyncio.CancelledError:
+                    pass
 
-    async with cron_over() as cron:
-        await cron.register(a_job(request=stubborn))
+    async with cron_over(Stubborn()) as cron:
+        await cron.register(a_job())
         await asyncio.sleep(61)
         await cron.close(drain=1)
         assert asyncio.get_running_loop().time() == 67

@@ -86,6 +86,21 @@ class Writer:
         KEPT.closed += 1
 
 
+class Breaking(msgspec.Struct, frozen=True, tag="breaking"):
+    """Its first writer fails in its second `flush`, and loses what it was given since the first."""
+
+    def open(self, firing: Firing, memory: Mapping[str, str]) -> Writer:
+        KEPT.opened.append(dict(memory))
+        return Writer() if len(KEPT.opened) > 1 else BreakingWriter()
+
+
+class BreakingWriter(Writer):
+    def flush(self) -> Mapping[str, str | None]:
+        if self._items:
+            raise OSError("disk full")
+        return super().flush()
+
+
 class Lines(msgspec.Struct, frozen=True, tag="lines"):
     def open(self, firing: Firing, memory: Mapping[str, str]) -> Writer:
         if "open" in KEPT.fails:
@@ -252,7 +267,7 @@ async def test_a_model_that_answers_nothing_is_given_up(attempts: int) -> None:
     async with cron_over(target) as cron:
         await cron.register(a_job(schedule=DAY, request=make, run=RunPolicy(attempts=attempts, max_in_flight=1)))
         run = await run_ended(cron)
-        assert (outcome(run), run.failed_requests) == (("failed", "inference_error"), 100 * attempts)
+        assert (outcome(run), run.failed_requests) == (("failed", "inference_error"), 100)
     assert len(target.calls) == 100 * attempts
 
 
@@ -277,8 +292,233 @@ async def test_a_model_that_is_gone_ends_the_attempt_and_the_next_sends_the_rest
     async with cron_over(target) as cron:
         await cron.register(a_job(schedule=DAY, request=make, run=RunPolicy(attempts=2, max_in_flight=1)))
         run = await run_ended(cron)
-        assert (outcome(run), run.attempt) == (("succeeded", ""), 2)
+        assert (outcome(run), run.attempt, run.requests) == (("succeeded", ""), 2, 4)
     assert target.in_flight == 0
+    assert [int(call.request[0, 0]) for call in target.calls] == [0, 1, 2, 2, 3]
+
+
+@with_threads
+async def test_what_the_model_failed_at_the_end_is_offered_again() -> None:
+    """An outage that outlasts the source: nothing behind it was answered, so the rows are not at fault."""
+    down = True
+    target = Target(does=lambda number: InferenceError("out of order") if down and number > 3 else 0.0)
+    store = MemoryStore()
+    async with cron_over(target, store=store) as cron:
+        await cron.register(job(Rows(6), run=RunPolicy(max_in_flight=2)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.error) == (("failed", "inference_error"), "InferenceError: out of order")
+        assert (run.requests, run.failed_requests) == (6, 3)
+        assert (await store.memory("job"))["next"] == "3"
+        assert KEPT.flushed == keys(0, 1, 2)
+        down = False
+        run = await run_ended(cron)
+        assert (outcome(run), run.requests) == (("succeeded", ""), 3)
+    assert KEPT.flushed == keys(*range(6))
+    assert KEPT.errors == {}
+
+
+@with_threads
+async def test_what_the_model_fails_while_it_answers_others_has_failed() -> None:
+    """Bad rows wait in their place until it is known whether it is they or the model."""
+    faults: dict[int, Exception] = {2: InferenceError("poison"), 3: InvalidInput("shape"), 4: InferenceError("poison")}
+    target = Target(does=lambda number: faults.get(number, 0.0))
+    store = MemoryStore()
+    async with cron_over(target, store=store) as cron:
+        await cron.register(job(Rows(6), run=RunPolicy(max_in_flight=1, attempts=3)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.attempt, run.failed_requests) == (("failed", "inference_error"), 1, 3)
+        assert run.error == "PartlyFailed: 3 of 6 requests failed, the first (row1): InferenceError: poison"
+        assert (await store.memory("job"))["next"] == "6"
+    assert KEPT.flushed == keys(*range(6))
+    assert KEPT.errors == {"row1": "poison", "row2": "shape", "row3": "poison"}
+
+
+@with_threads
+async def test_an_outage_in_the_middle_costs_attempts_but_no_row() -> None:
+    target = Target(does=lambda number: InferenceError("out of order") if 150 <= number < 300 else 0.0)
+    async with cron_over(target) as cron:
+        await cron.register(job(Rows(400), run=RunPolicy(max_in_flight=1, attempts=5)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.attempt) == (("failed", "inference_error"), 2)
+        # The first hundred in a row ended an attempt; the fifty after it were confirmed by the next answer.
+        assert (run.requests, run.failed_requests) == (400, 50)
+    assert KEPT.flushed == keys(*range(400))
+
+
+@virtual
+async def test_what_a_callable_made_is_sent_again_only_where_it_is_not_certain() -> None:
+    """A generator is made once, and goes on where it was; each request is in the sink once."""
+    made: list[int] = []
+    sunk: list[str] = []
+    target = Target(does=lambda number: Unavailable("gone") if number in (300, 500) else 0.0)
+
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        for number in range(700):
+            made.append(number)
+            yield X * number
+
+    async def sink(items: list[SinkItem]) -> None:
+        sunk.extend(item.key for item in items)
+
+    async with cron_over(target) as cron:
+        await cron.register(
+            a_job(schedule=DAY, request=make, sink=sink, run=RunPolicy(attempts=3, max_in_flight=1, backoff=30))
+        )
+        run = await run_ended(cron)
+        assert (outcome(run), run.attempt, run.requests) == (("succeeded", ""), 3, 700)
+    assert made == list(range(700))
+    assert sunk == [str(number) for number in range(700)]
+    assert len(target.calls) == 702
+
+
+@with_threads
+async def test_what_a_sink_has_lost_is_sent_again() -> None:
+    """Answers that were written and not yet flushed, by a run whose requests nobody else has."""
+
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        for number in range(20):
+            yield X * number
+
+    async with cron_over() as cron:
+        await cron.register(
+            a_job(schedule=DAY, request=make, sink=Breaking(), run=RunPolicy(attempts=2, max_in_flight=4))
+        )
+        run = await run_ended(cron)
+        assert (outcome(run), run.attempt) == (("succeeded", ""), 2)
+    assert KEPT.flushed == [str(number) for number in range(20)]
+
+
+@virtual
+async def test_an_iterator_that_breaks_is_made_anew() -> None:
+    makes: list[int] = []
+    sunk: list[str] = []
+
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        makes.append(firing.attempt)
+        for number in range(5):
+            if number == 3 and len(makes) == 1:
+                raise OSError("the database is gone")
+            yield X * number
+
+    async def sink(items: list[SinkItem]) -> None:
+        sunk.extend(item.key for item in items)
+
+    async with cron_over() as cron:
+        await cron.register(a_job(schedule=DAY, request=make, sink=sink, run=RunPolicy(attempts=2)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.attempt) == (("succeeded", ""), 2)
+    assert makes == [1, 2]
+    assert sunk == ["0", "1", "2", "0", "1", "2", "3", "4"]
+
+
+@virtual
+async def test_a_list_keeps_its_answers_from_one_attempt_to_the_next() -> None:
+    heard: list[Any] = []
+
+    async def make(firing: Firing) -> list[Any]:
+        return [X * number for number in range(4)]
+
+    async def on_result(id: str, result: Any) -> None:
+        heard.append(result)
+
+    target = Target(does=lambda number: Unavailable("gone") if number == 3 else 0.0)
+    async with cron_over(target) as cron:
+        await cron.register(
+            a_job(schedule=DAY, request=make, on_result=on_result, run=RunPolicy(attempts=2, max_in_flight=1))
+        )
+        assert outcome(await run_ended(cron)) == ("succeeded", "")
+    assert [int(answer.outputs["y"][0, 0]) for answer in heard[0]] == [0, 1, 2, 3]
+
+
+@virtual
+async def test_the_last_of_a_list_that_fails_has_failed_when_all_attempts_have() -> None:
+    heard: list[Any] = []
+    sunk: list[SinkItem] = []
+
+    async def make(firing: Firing) -> list[Any]:
+        return [X, X]
+
+    async def on_result(id: str, result: Any) -> None:
+        heard.append(result)
+
+    async def sink(items: list[SinkItem]) -> None:
+        sunk.extend(items)
+
+    target = Target(does=lambda number: InferenceError("no") if number > 1 else 0.0)
+    async with cron_over(target) as cron:
+        await cron.register(
+            a_job(schedule=DAY, request=make, on_result=on_result, sink=sink, run=RunPolicy(attempts=3))
+        )
+        run = await run_ended(cron)
+        assert (outcome(run), run.attempt) == (("failed", "inference_error"), 3)
+        assert (run.requests, run.failed_requests, len(target.calls)) == (2, 1, 4)
+    assert [(item.key, str(item.error)) for item in sunk] == [("0", "None"), ("1", "no")]
+    assert type(heard[0]).__name__ == "PartlyFailed"
+
+
+@virtual
+async def test_answers_are_handed_on_also_while_the_next_request_is_long_in_coming() -> None:
+    sunk: list[str] = []
+    store = MemoryStore()
+
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        yield X
+        yield X
+        await asyncio.sleep(1000)
+        yield X
+
+    async def sink(items: list[SinkItem]) -> None:
+        sunk.extend(item.key for item in items)
+
+    async with cron_over(store=store) as cron:
+        await cron.register(a_job(schedule=DAY, request=make, sink=sink))
+        run = await cron.trigger("job")
+        await asyncio.sleep(3)
+        assert sunk == ["0", "1"]
+        record = await store.numbered(run.number)
+        assert record is not None
+        assert record.requests == 2
+        await asyncio.sleep(1000)
+        assert sunk == ["0", "1", "2"]
+
+
+@virtual
+async def test_a_generator_that_is_slow_to_end_does_not_outlive_the_timeout(caplog: pytest.LogCaptureFixture) -> None:
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        try:
+            while True:
+                yield X
+                await asyncio.sleep(1)
+        finally:
+            await asyncio.sleep(600)
+
+    async with cron_over() as cron:
+        await cron.register(a_job(schedule=DAY, request=make, run=RunPolicy(timeout=5)))
+        run = await run_ended(cron)
+        assert outcome(run) == ("failed", "timeout")
+        assert run.duration is not None
+        assert 5 <= run.duration < 6
+        await asyncio.sleep(700)
+    assert "is left behind" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["request", "condition", "sink"])
+@virtual
+async def test_a_coroutine_that_does_not_heed_its_cancellation_does_not_outlive_the_timeout(field: str) -> None:
+    async def stubborn(*words: Any) -> Any:
+        for _ in range(20):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                continue
+
+    async with cron_over() as cron:
+        await cron.register(a_job(schedule=DAY, **{field: stubborn}, run=RunPolicy(timeout=5)))
+        run = await run_ended(cron)
+        assert outcome(run) == ("failed", "timeout")
+        assert run.duration is not None
+        assert 5 <= run.duration < 6
+        await asyncio.sleep(1500)
 
 
 @with_threads
@@ -441,3 +681,34 @@ async def test_rows_are_counted_where_requests_have_a_batch_axis() -> None:
         await cron.register(a_job(schedule=DAY, request=make))
         run = await run_ended(cron)
         assert (run.requests, run.rows, run.input_bytes) == (4, 3 + 4 + 1 + 1, 48 + 64 + 40)
+
+
+@with_threads
+async def test_everything_may_hang_and_the_run_ends_within_a_second_of_its_timeout() -> None:
+    """Its sink, its requests, its target and its callback."""
+    KEPT.hangs = threading.Event()
+
+    async def stubborn(*words: Any) -> Any:
+        for _ in range(20):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                continue
+
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        for _ in range(300):
+            yield X
+        await stubborn()
+        yield X
+
+    async with cron_over() as cron:
+        await cron.register(
+            a_job(schedule=DAY, request=make, sink=Lines(), on_result=stubborn, run=RunPolicy(timeout=5))
+        )
+        run = await run_ended(cron)
+        assert outcome(run) == ("failed", "timeout")
+        assert run.callback_error
+        assert run.duration is not None
+        assert 5 <= run.duration < 6
+        KEPT.hangs.set()
+        await asyncio.sleep(1500)

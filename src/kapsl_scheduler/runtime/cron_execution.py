@@ -20,8 +20,9 @@ from kapsl_scheduler.core.queue import QueueOverflowPolicy
 from kapsl_scheduler.core.runs import Firing, Run, RunState
 from kapsl_scheduler.errors import CronError, DeadlineExceeded, EngineError, Overloaded
 from kapsl_scheduler.ports import CronTarget, SourceItem, is_source
-from kapsl_scheduler.runtime.cron_stream import RunLost, Stream, numbered, row_count
-from kapsl_scheduler.runtime.offload import call, in_thread, taken_in_thread
+from kapsl_scheduler.runtime.cron_feed import Feed, numbered
+from kapsl_scheduler.runtime.cron_stream import PartlyFailed, RunLost, Stream, error_text, row_count
+from kapsl_scheduler.runtime.offload import Strangers, in_thread, taken_in_thread
 from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
 __all__ = ["Execution", "ExecutionHost"]
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 CALLBACK_LIMIT: Final = 30.0
 """Seconds that `on_result` may take where the job has no timeout of its own."""
 CALLBACK_LEAST: Final = 0.5
-"""Seconds that `on_result` gets after a run that used up its timeout."""
+CALLBACK_LAST: Final = 0.15
+"""Seconds that `on_result` gets of a run that used up its timeout, and what it gets if the run was slow to end."""
 BLOCK_LIMIT: Final = 60.0
 """Seconds that a firing under `block` waits for room where its job says nothing: None would be the queue's limit."""
 _LEAST: Final = 1e-3  # seconds: a timeout must be above 0, and this one is about to strike anyway
@@ -39,6 +41,8 @@ _LEAST: Final = 1e-3  # seconds: a timeout must be above 0, and this one is abou
 
 class ExecutionHost(Protocol):
     """What an execution needs of the scheduler that dispatched it."""
+
+    strangers: Strangers
 
     def wall(self) -> int: ...
     def target(self, model: str | None) -> CronTarget: ...
@@ -64,12 +68,14 @@ class Execution:
 
     __slots__ = (
         "_failed_requests",
+        "_feed",
         "_goes_ahead",
         "_host",
         "_input_bytes",
         "_job",
         "_output_bytes",
         "_rows",
+        "_stream",
         "_until",
         "anchor",
         "discarded",
@@ -93,6 +99,8 @@ class Execution:
         self._input_bytes = run.input_bytes
         self._output_bytes = run.output_bytes
         self._goes_ahead = job.condition is None
+        self._feed: Feed | None = None  # what is left of many requests, from one attempt to the next
+        self._stream: Stream | None = None
         self.done: float | None = None
         self._until: float | None = None  # on the loop's clock
         self.task: asyncio.Task[None] | None = None
@@ -154,7 +162,7 @@ class Execution:
                 self._host.ended(self, self.cut_short())
             return
         self.recording = True
-        error = "" if outcome.error is None else _text(outcome.error)
+        error = "" if outcome.error is None else error_text(outcome.error)
         after = self.on(
             self.run,
             state=outcome.state,
@@ -190,61 +198,71 @@ class Execution:
     async def _repeat(self) -> Outcome | None:
         policy = self._job.run
         done = 0
-        while True:
-            try:
-                outcome = await self._perform()
-            except RunLost:
-                return None
-            except DeadlineExceeded as error:
-                outcome = Outcome(RunState.FAILED, "timeout", error)
-            except Exception as error:
-                outcome = Outcome(RunState.FAILED, _reason(error), error)
-            except asyncio.CancelledError:
-                if _is_cancelled():
-                    raise
-                within = RuntimeError("something that the run awaited was cancelled")
-                outcome = Outcome(RunState.FAILED, "cancelled", within)
-            done += 1
-            if outcome.state is not RunState.FAILED or done >= policy.attempts or not _may_pass(outcome.error):
-                return outcome
-            await asyncio.sleep(min(policy.backoff * 2 ** min(done - 1, 60), policy.max_backoff))
-            again = self.on(self.run, attempt=self.run.attempt + 1)
-            if not await self._host.attempted(self, again):
-                return None
+        try:
+            while True:
+                done += 1
+                try:
+                    outcome = await self._perform(final=done >= policy.attempts)
+                except RunLost:
+                    return None
+                except DeadlineExceeded as error:
+                    outcome = Outcome(RunState.FAILED, "timeout", error)
+                except Exception as error:
+                    outcome = Outcome(RunState.FAILED, _reason(error), error)
+                except asyncio.CancelledError:
+                    if _is_cancelled():
+                        raise
+                    within = RuntimeError("something that the run awaited was cancelled")
+                    outcome = Outcome(RunState.FAILED, "cancelled", within)
+                if outcome.state is not RunState.FAILED or done >= policy.attempts or not _may_pass(outcome.error):
+                    if self._stream is not None:
+                        self._stream.give_up()
+                    return outcome
+                await asyncio.sleep(min(policy.backoff * 2 ** min(done - 1, 60), policy.max_backoff))
+                again = self.on(self.run, attempt=self.run.attempt + 1)
+                if not await self._host.attempted(self, again):
+                    return None
+        finally:
+            if self._feed is not None:
+                await self._feed.close()
 
-    async def _perform(self) -> Outcome:
+    async def _perform(self, *, final: bool) -> Outcome:
+        """One attempt, the `final` one or not. What a callable has made is not made again for a later attempt, unless
+        an iterator broke: that goes on with what is left."""
         job = self._job
         firing = None
         if not self._goes_ahead:
             firing = self._firing()
             try:
-                if not await call(_function(job.condition), firing):
+                if not await self.strangers.call(_function(job.condition), firing):
                     return Outcome(RunState.SKIPPED, "condition")
             except Exception as error:
                 return Outcome(RunState.SKIPPED, "condition", error)
             self._goes_ahead = True
+        if self._feed is not None and self._feed.error is None:
+            return await self._several(self._feed, final=final)
         request = job.request
-        from_source = is_source(request)
-        if not from_source and not callable(request):
-            if job.sink is None:
-                return await self._alone(request)
-            return await self._several(numbered([request]), keep=False)
-        firing = firing or self._firing()
-        if from_source:
-            items = await in_thread(request.items, firing, await self.memory())
-            return await self._several(taken_in_thread(items), keep=False)
-        made = await call(request, firing)
-        if made is None:
-            return Outcome(RunState.SUCCEEDED, "nothing to do")
-        if isinstance(made, list):
-            return await self._several(numbered(made), keep=job.sink is None)
-        if isinstance(made, AsyncIterator):
-            return await self._several(numbered(made), keep=False)
-        if isinstance(made, Iterator):
-            return await self._several(numbered(taken_in_thread(made)), keep=False)
-        if job.sink is not None:
-            return await self._several(numbered([made]), keep=False)
-        return await self._alone(made)
+        if is_source(request):
+            items = await in_thread(request.items, firing or self._firing(), await self.memory())
+            feed = self._feed_of(taken_in_thread(items), lasts=False)
+            try:
+                return await self._several(feed, final=False)
+            finally:
+                await feed.close()
+        if callable(request):
+            request = await self.strangers.call(request, firing or self._firing())
+            if request is None:
+                return Outcome(RunState.SUCCEEDED, "nothing to do")
+            if isinstance(request, list | Iterator | AsyncIterator):
+                self._feed = self._feed_of(numbered(request), lasts=True)
+                return await self._several(self._feed, final=final, keep=isinstance(request, list))
+        if job.sink is None:
+            return await self._alone(request)
+        self._feed = self._feed_of(numbered([request]), lasts=True)
+        return await self._several(self._feed, final=final)
+
+    def _feed_of(self, items: AsyncIterator[SourceItem], *, lasts: bool) -> Feed:
+        return Feed(items, ahead=self._job.run.max_in_flight, lasts=lasts, strangers=self.strangers)
 
     async def _alone(self, request: Any) -> Outcome:
         try:
@@ -264,17 +282,29 @@ class Execution:
         """There was no room: the firing does not take place, unless it has taken place already and is tried again."""
         return Outcome(RunState.SKIPPED if self.run.attempt == 1 else RunState.FAILED, "busy", error)
 
-    async def _several(self, items: AsyncIterator[SourceItem], *, keep: bool) -> Outcome:
-        stream = Stream(self, self._firing(), self._job.sink, self._job.run.max_in_flight, keep=keep)
-        await stream.run(items)
+    async def _several(self, feed: Feed, *, final: bool, keep: bool = False) -> Outcome:
+        stream = self._stream
+        if stream is None:
+            run, job = self.run, self._job
+            stream = self._stream = Stream(
+                self,
+                job.sink,
+                job.run.max_in_flight,
+                keep=keep and job.sink is None,
+                requests=run.requests,
+                failed=run.failed_requests,
+            )
+        await stream.run(feed, self._firing(), final=final)
         if stream.refused is not None:
             return self._refused(stream.refused)
-        if stream.first_error is not None:
-            reason = _reason(stream.first_error)
+        if stream.failed:
+            reason = "error" if stream.first_error is None else _reason(stream.first_error)
             return Outcome(RunState.FAILED, reason, PartlyFailed(stream))
-        return Outcome(
-            RunState.SUCCEEDED, "" if stream.requests else "nothing to do", result=stream.kept if keep else None
-        )
+        return Outcome(RunState.SUCCEEDED, "" if stream.requests else "nothing to do", result=stream.kept)
+
+    @property
+    def strangers(self) -> Strangers:
+        return self._host.strangers
 
     def infer(self, request: Any, *, starts: bool = True) -> Awaitable[InferenceResponse]:
         """Send a request under the job's class. One that `starts` the firing obeys the job's overflow policy; the
@@ -309,32 +339,21 @@ class Execution:
 
     async def _call_back(self, outcome: Outcome) -> str:
         """Tell `on_result`. Returns what it raised, as text."""
-        loop_time = asyncio.get_running_loop().time()
-        until = loop_time + CALLBACK_LIMIT if self._until is None else max(self._until, loop_time + CALLBACK_LEAST)
+        now = asyncio.get_running_loop().time()
+        if self._until is None:
+            until = now + CALLBACK_LIMIT
+        else:
+            until = max(min(now, self._until) + CALLBACK_LEAST, self._until, now + CALLBACK_LAST)
         result = outcome.result if outcome.error is None else outcome.error
         try:
             async with asyncio.timeout_at(until):
-                await call(_function(self._job.on_result), self._job.id, result)
+                await self.strangers.call(_function(self._job.on_result), self._job.id, result)
         except Exception as error:
-            logger.warning("job %r: on_result failed: %s", self._job.id, _text(error))
-            return _text(error)
+            logger.warning("job %r: on_result failed: %s", self._job.id, error_text(error))
+            return error_text(error)
         except asyncio.CancelledError:  # the run is over, whatever becomes of its callback
             return f"cut short: {self.leave}" if _is_cancelled() else "something that it awaited was cancelled"
         return ""
-
-
-class PartlyFailed(CronError):
-    """Some requests of a firing failed; the others were answered, and their answers handed on. It is not tried again: a
-    source has gone on behind what failed, and the next attempt would find nothing to do and call that a success."""
-
-    code = "partly_failed"
-
-    def __init__(self, stream: Stream) -> None:
-        error = stream.first_error
-        super().__init__(
-            f"{stream.failed} of {stream.requests} requests failed, the first ({stream.first_key}): {_text(error)}"
-        )
-        self.__cause__ = error
 
 
 _ANYBODYS_GUESS: Final = ("inference_error", "backend")
@@ -348,10 +367,6 @@ def _is_cancelled() -> bool:
 
 def _function(value: Any) -> Callable[..., Any]:
     return value  # type: ignore[no-any-return]  # a job that has been bound holds no names any more
-
-
-def _text(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _reason(error: BaseException) -> str:

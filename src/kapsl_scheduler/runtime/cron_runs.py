@@ -23,6 +23,7 @@ from kapsl_scheduler.runtime.cron_intents import Attempt, Checkpoint, Cut, End, 
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
 from kapsl_scheduler.runtime.cron_metrics import CronFigures
 from kapsl_scheduler.runtime.cron_views import CronEvent, CronRun, run_view
+from kapsl_scheduler.runtime.offload import Strangers
 
 __all__ = ["Runs"]
 
@@ -58,6 +59,7 @@ class Runs:
         self.owner = owner
         self.wall = wall
         self.target = target
+        self.strangers = Strangers()
         self.figures = CronFigures()
         self.ended_since_pruned = 0
         self.history_grows = asyncio.Event()

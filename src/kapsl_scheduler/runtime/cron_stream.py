@@ -1,8 +1,9 @@
 """A firing of many requests: a bounded number of them on their way at a time, their answers handed on in order.
 
-However long the stream, what is held is what is on its way and one batch of answers. At intervals the sink makes sure
-of what it was given, and what is then certain is written down: the run goes on behind it after a crash. What is not
-here: where requests come from and answers go (`sources`, `sinks`), attempts and outcomes (`runtime.cron_execution`).
+However long the stream, what is held is what is on its way, one batch of answers, and what may have to be sent again.
+At intervals the sink makes sure of what it was given, and what is then certain is written down: the run goes on behind
+it, in its next attempt and after a crash. What is not here: where requests come from (`runtime.cron_feed`, `sources`)
+and answers go (`sinks`), attempts and outcomes (`runtime.cron_execution`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
 import numpy as np
 
 from kapsl_scheduler.core.runs import Firing
-from kapsl_scheduler.errors import Backend, InferenceError, InvalidInput, Overloaded, ResourceExhausted
+from kapsl_scheduler.errors import Backend, CronError, InferenceError, InvalidInput, Overloaded, ResourceExhausted
 from kapsl_scheduler.ports import SinkItem, SinkWriter, SourceItem
-from kapsl_scheduler.runtime.offload import call, in_thread
+from kapsl_scheduler.runtime.cron_feed import Feed
+from kapsl_scheduler.runtime.offload import Strangers, in_thread
 from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
-__all__ = ["RunLost", "Stream", "numbered", "row_count"]
+__all__ = ["PartlyFailed", "RunLost", "Stream", "error_text", "row_count"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,42 +31,44 @@ BATCH: Final = 256
 """Answers that a sink is given at a time."""
 CHECKPOINT: Final = 2.0
 """Seconds between checkpoints."""
+CHECKPOINT_AFTER: Final = 4096
+"""Requests between checkpoints where the run holds them, to send them again should the sink lose their answers."""
 LAST_WORD: Final = 0.5
 """Seconds that a stream which is cut short may take to make sure of what it has."""
 PAUSE: Final = 0.05
 """Seconds before a request is offered again that had to make room."""
 HOPELESS: Final = 100
-"""Requests that the model failed without having answered one, after which a firing gives up."""
+"""Requests in a row that the model failed, after which an attempt gives up."""
 
-_THE_ITEMS_OWN: Final = (InvalidInput, InferenceError, Backend, ResourceExhausted)
-"""Errors that speak of one request. Others (the model is gone, say) speak of all: they end the attempt, so that what
-was not tried is tried later."""
+_DOUBTFUL: Final = (InferenceError, Backend, ResourceExhausted)
+"""Errors that may be the request's own fault or the model's. Others (the model is gone, say) are never the request's:
+they end the attempt."""
 
 
 class RunLost(Exception):
     """Another process has taken the run: this one has nothing more to say about it."""
 
 
-async def numbered(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[SourceItem]:
-    """Plain requests as items, named by their number from 0."""
-    number = 0
-    if isinstance(items, AsyncIterable):
-        try:
-            async for request in items:
-                yield SourceItem(request, str(number))
-                number += 1
-        finally:
-            await _close(items)
-    else:
-        for request in items:
-            yield SourceItem(request, str(number))
-            number += 1
+class PartlyFailed(CronError):
+    """Some requests of a firing failed by their own fault; the others were answered, and their answers handed on. It is
+    not tried again: nothing is left to do."""
+
+    code = "partly_failed"
+
+    def __init__(self, stream: Stream) -> None:
+        error = stream.first_error
+        first = "before it was interrupted" if error is None else f"the first ({stream.first_key}): {error_text(error)}"
+        super().__init__(f"{stream.failed} of {stream.requests} requests failed, {first}")
+        self.__cause__ = error
 
 
 class StreamHost(Protocol):
     """The execution that the stream belongs to."""
 
     done: float | None
+
+    @property
+    def strangers(self) -> Strangers: ...
 
     def add(self, request: Any, response: InferenceResponse | None, rows: int = ...) -> None: ...
     def infer(self, request: Any, *, starts: bool = ...) -> Awaitable[InferenceResponse]: ...
@@ -73,82 +77,116 @@ class StreamHost(Protocol):
 
 
 class Stream:
-    """Sends items and hands on what becomes of them. A bad item harms only itself: of `requests` it counts the `failed`
-    ones, and the first error is kept with its key. `refused` is why the first request, and with it the firing, found no
-    room. `kept` has the answers in order, None for what failed, where they are to be kept."""
+    """Sends the items of a run, over all its attempts, and hands on what becomes of them.
 
-    def __init__(self, host: StreamHost, firing: Firing, sink: Any, most: int, *, keep: bool) -> None:
-        self.requests = 0
-        self.failed = 0
+    A bad item harms only itself: of `requests` it counts the `failed` ones, and the first error is kept with its key.
+    Whether an error of the model is the item's own shows when a later item is answered. Until then the item is in
+    doubt: it is neither handed on nor remembered as done, so that a model which is out for a while loses nothing.
+    `refused` is why the first request of an attempt, and with it the attempt, found no room. `kept` has the answers in
+    order, None for what failed; it is None where they are not to be kept.
+    """
+
+    def __init__(
+        self, host: StreamHost, sink: Any, most: int, *, keep: bool, requests: int = 0, failed: int = 0
+    ) -> None:
+        self.requests = requests  # with those of the run's earlier attempts in other processes
+        self.failed = failed
         self.first_error: Exception | None = None
         self.first_key = ""
         self.refused: Overloaded | None = None
-        self.kept: list[InferenceResponse | None] = []
+        self.kept: list[InferenceResponse | None] | None = [] if keep else None
         self._host = host
-        self._firing = firing
         self._sink = sink
         self._most = most
-        self._keep = keep
+        self._begin()
+
+    def _begin(self) -> None:
+        """What belongs to one attempt."""
+        self._flying: deque[tuple[SourceItem, asyncio.Task[InferenceResponse] | None]] = deque()
+        self._doubtful: list[tuple[SourceItem, Exception]] = []
         self._writer: SinkWriter | Callable[..., Any] | None = None
         self._answered: list[SinkItem] = []  # what the sink has not been given yet
         self._marks: dict[str, str | None] = {}  # what is to be remembered once the sink has it for good
-        self._checked = 0.0
+        self._holds = False  # whether what the sink loses is to be sent again from here
+        self._uncertain: list[SourceItem] = []  # which is this
+        self._checked = asyncio.get_running_loop().time()
         self._at_work: asyncio.Future[Any] | None = None  # the sink, in its thread
         self._broken = False  # the sink may have lost something: nothing more is certain
 
-    async def run(self, items: AsyncIterator[SourceItem]) -> None:
-        """All items, to the last answer and the last checkpoint. Raises what the source or the sink raises.
+    async def run(self, feed: Feed, firing: Firing, *, final: bool) -> None:
+        """One attempt: all items, to the last answer and the last checkpoint. A `final` one does not leave items in
+        doubt at the end: they have failed. Raises what the source, the sink and the model raise.
 
-        Cancelling it takes back what is on its way, and makes sure of what was answered, within half a second.
+        However it ends before its time, what is on its way is taken back, what was answered is made sure of, within
+        half a second, and the feed has the rest again.
         """
-        flying: deque[tuple[SourceItem, asyncio.Task[InferenceResponse] | None]] = deque()
-        loop = asyncio.get_running_loop()
-        self._checked = loop.time()
-        started = False
+        self._begin()
+        self._holds = feed.lasts
         try:
-            await self._open()
-            async for item in items:
-                if not started:
-                    started = True
-                    if not await self._begins(item):
-                        return
-                    continue
-                task = None if item.error is not None else loop.create_task(self._send(item.request))
-                flying.append((item, task))
-                while flying and (len(flying) >= self._most or flying[0][1] is None or flying[0][1].done()):
-                    await self._land(*flying.popleft())
-            while flying:
-                await self._land(*flying.popleft())
-            await self._make_sure()
+            await self._open(firing)
+            await self._send_all(feed)
+            if self.refused is None:
+                if feed.error is not None:
+                    raise feed.error
+                if self._doubtful and not final:
+                    raise self._doubtful[0][1]
+                await self._settle_doubtful()
+                await self._make_sure()
         except (Exception, asyncio.CancelledError):
+            for _, task in self._flying:
+                if task is not None:
+                    task.cancel()
             await self._last_word()
             raise
         finally:
-            for _, task in flying:
-                if task is not None:
-                    task.cancel()
-            await asyncio.gather(*(task for _, task in flying if task is not None), return_exceptions=True)
-            await _close(items)
-            await self._close()
+            await self._host.strangers.end(*(task for _, task in self._flying if task is not None))
+            if feed.lasts:
+                feed.give_back([*self._uncertain, *(item for item, _ in (*self._doubtful, *self._flying))])
+            self._close()
 
-    async def _begins(self, item: SourceItem) -> bool:
-        """The first item, alone: the job's overflow policy decides whether the firing takes place."""
-        if item.error is not None:
-            await self._settle(item, None, item.error)
-            return True
+    def give_up(self) -> None:
+        """There is no further attempt: what is in doubt has failed."""
+        for item, error in self._doubtful:
+            self._count(item, None, error)
+
+    async def _send_all(self, feed: Feed) -> None:
+        """Send what there is, as much at a time as may be on its way, and hand on the answers, as they come."""
+        begun = False
+        watched: asyncio.Task[Any] | None = None
+        while True:
+            feed.news.clear()
+            while feed.ready and len(self._flying) < (self._most if begun else 1):
+                self._take_off(feed.take(), begun)
+            if self._flying:
+                _, task = self._flying[0]
+                if task is None or task.done():
+                    if not begun and task is not None and self._is_refused(task):
+                        return
+                    begun = True
+                    await self._land()
+                    continue
+                if task is not watched:
+                    watched = task
+                    task.add_done_callback(lambda _: feed.news.set())
+            elif feed.ended and not feed.ready:
+                return
+            await self._wait(feed)
+
+    def _take_off(self, item: SourceItem, begun: bool) -> None:
+        task = None
+        if item.error is None:
+            sent = self._send(item.request) if begun else self._send_first(item.request)
+            task = asyncio.get_running_loop().create_task(sent, name="cron request")
+        self._flying.append((item, task))
+
+    async def _send_first(self, request: Any) -> InferenceResponse:
+        """Alone: the job's overflow policy decides whether the firing takes place."""
         try:
-            try:
-                response = await self._host.infer(item.request)
-            except Overloaded as error:
-                if not error.evicted:
-                    self.refused = error
-                    return False
-                response = await self._send(item.request)
-        except _THE_ITEMS_OWN as error:
-            await self._settle(item, None, error)
-            return True
-        await self._settle(item, response, None)
-        return True
+            return await self._host.infer(request)
+        except Overloaded as error:
+            if not error.evicted:
+                raise
+        return await self._send(request)
 
     async def _send(self, request: Any) -> InferenceResponse:
         """A request of a firing that has begun: it waits for room, also when it had to make room for others."""
@@ -158,48 +196,82 @@ class Stream:
             except Overloaded as error:
                 await asyncio.sleep(min(error.retry_after or PAUSE, 1.0))
 
-    async def _land(self, item: SourceItem, task: asyncio.Task[InferenceResponse] | None) -> None:
-        if task is None:
-            await self._settle(item, None, item.error)
+    def _is_refused(self, first: asyncio.Task[InferenceResponse]) -> bool:
+        error = None if first.cancelled() else first.exception()
+        self.refused = error if isinstance(error, Overloaded) else None
+        return self.refused is not None
+
+    async def _wait(self, feed: Feed) -> None:
+        """For something to send or to hand on; or until what has been answered is to be made sure of."""
+        if not (self._marks or self._answered or self._uncertain):
+            await feed.news.wait()
             return
         try:
-            response = await task
-        except _THE_ITEMS_OWN as error:
-            await self._settle(item, None, error)
-        else:
+            async with asyncio.timeout_at(self._checked + CHECKPOINT):
+                await feed.news.wait()
+        except TimeoutError:
+            await self._make_sure()
+
+    async def _land(self) -> None:
+        """The item that was sent first of those on their way is back."""
+        item, task = self._flying[0]
+        error, response = item.error, None
+        if task is not None:
+            try:
+                response = task.result()
+            except (InvalidInput, *_DOUBTFUL) as failure:
+                error = failure
+        self._flying.popleft()
+        if error is None:
+            await self._settle_doubtful()
             await self._settle(item, response, None)
+        elif not self._doubtful and not isinstance(error, _DOUBTFUL):
+            await self._settle(item, None, error)
+        else:  # order is kept: behind an item in doubt, others wait
+            self._doubtful.append((item, error))
+            if len(self._doubtful) >= HOPELESS:
+                raise self._doubtful[0][1]
+
+    async def _settle_doubtful(self) -> None:
+        """The model works: what it failed, it failed for the item's own sake."""
+        while self._doubtful:
+            item, error = self._doubtful.pop(0)
+            await self._settle(item, None, error)
 
     async def _settle(self, item: SourceItem, response: InferenceResponse | None, error: Exception | None) -> None:
-        host = self._host
-        self.requests += 1
-        host.add(item.request, response, row_count(item.request))
-        host.done = item.progress
-        if error is not None:
-            self.failed += 1
-            if self.first_error is None:
-                self.first_error, self.first_key = error, item.key
-            if self.failed >= HOPELESS and self.failed == self.requests and not isinstance(error, InvalidInput):
-                raise error
-        if self._keep:
+        """Of this item and all before it, it is known what became of them."""
+        self._count(item, response, error)
+        self._host.done = item.progress
+        if self.kept is not None:
             self.kept.append(response)
         self._marks.update(item.marks)
         if self._sink is not None:
             self._answered.append(SinkItem(item.key, response, error))
+            if self._holds:
+                self._uncertain.append(item)
             if len(self._answered) >= BATCH:
                 await self._hand_on()
-        if asyncio.get_running_loop().time() - self._checked >= CHECKPOINT:
+        if asyncio.get_running_loop().time() - self._checked >= CHECKPOINT or len(self._uncertain) >= CHECKPOINT_AFTER:
             await self._make_sure()
+
+    def _count(self, item: SourceItem, response: InferenceResponse | None, error: Exception | None) -> None:
+        self.requests += 1
+        self._host.add(item.request, response, row_count(item.request))
+        if error is not None:
+            self.failed += 1
+            if self.first_error is None:
+                self.first_error, self.first_key = error, item.key
 
     # ---------------------------------------------------------------------------------------------- sink
 
-    async def _open(self) -> None:
+    async def _open(self, firing: Firing) -> None:
         if self._sink is None:
             return
         if callable(self._sink):
             self._writer = self._sink
         else:
             memory = await self._host.memory()
-            self._writer = await in_thread(self._sink.open, self._firing, memory)
+            self._writer = await in_thread(self._sink.open, firing, memory)
             await self._make_sure()  # where the run begins, should it be cut short before the next
 
     async def _hand_on(self) -> None:
@@ -212,8 +284,9 @@ class Stream:
             return
         assert self._writer is not None
         self._broken = True
-        await call(self._writer, items)
+        await self._host.strangers.call(self._writer, items)
         self._broken = False
+        self._uncertain = []
 
     async def _make_sure(self) -> None:
         """A checkpoint: what the sink has for good, and where the source was then."""
@@ -222,6 +295,7 @@ class Stream:
         memory = dict(self._marks)
         if isinstance(self._writer, SinkWriter):
             memory.update(await self._in_turn(self._writer.flush))
+            self._uncertain = []
         self._marks = {}
         if not await self._host.checkpoint(memory):
             raise RunLost
@@ -252,9 +326,9 @@ class Stream:
             async with asyncio.timeout(LAST_WORD):
                 await self._make_sure()
         except (Exception, asyncio.CancelledError) as error:
-            logger.debug("job %r: no last checkpoint: %r", self._firing.job, error)
+            logger.debug("no last checkpoint of a run: %r", error)
 
-    async def _close(self) -> None:
+    def _close(self) -> None:
         """Let go of the sink. One that hangs is left to its thread, and closed when it comes back."""
         if not isinstance(self._writer, SinkWriter):
             return
@@ -273,10 +347,9 @@ def row_count(request: Any) -> int:
     return int(value.shape[0]) if isinstance(value, np.ndarray) and value.ndim > 1 else 1
 
 
-async def _close(items: Any) -> None:
-    close = getattr(items, "aclose", None)
-    if close is not None:
-        await close()
+def error_text(error: BaseException) -> str:
+    """An error as a run's record has it."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _unheard(future: asyncio.Future[Any]) -> None:

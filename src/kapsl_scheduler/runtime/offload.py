@@ -1,7 +1,9 @@
-"""Somebody else's plain functions, called where they cannot hold up the loop: each in a daemon thread of its own.
+"""Somebody else's functions, called where they cannot hold up anybody: plain ones each in a daemon thread of its own,
+coroutines each in a task of its own.
 
-A pool would be joined at exit, and one function that hangs would take a place of it for ever; here it costs nobody but
-itself. What is not here: the engines' threads (`runtime.worker`).
+A pool of threads would be joined at exit, and one function that hangs would take a place of it for ever; a coroutine
+that does not end when it is cancelled would keep whoever awaits it. Here either costs nobody but itself. What is not
+here: the engines' threads (`runtime.worker`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final, TypeVar
 
-__all__ = ["call", "in_thread", "taken_in_thread"]
+__all__ = ["Strangers", "in_thread", "taken_in_thread"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ CHUNK: Final = 64
 """Items that a thread takes from an iterator at a time: a thread costs about as much as a few dozen items."""
 PATIENCE: Final = 0.02
 """Seconds after which a chunk is handed over as it is: whoever makes items slowly should not be waited for."""
+LAST_STEPS: Final = 0.1
+"""Seconds that a cancelled coroutine may take to end."""
 
 
 def in_thread(function: Callable[..., T], *words: Any) -> asyncio.Future[T]:
@@ -61,14 +65,50 @@ def in_thread(function: Callable[..., T], *words: Any) -> asyncio.Future[T]:
     return future
 
 
-async def call(function: Callable[..., Any], *words: Any) -> Any:
-    """Call a plain function in a thread, a coroutine function here. A generator (of either kind) that it gives is
-    returned as it is."""
-    if _is_async(function):
-        result = function(*words)
-    else:
-        result = await in_thread(function, *words)
-    return await result if inspect.isawaitable(result) else result
+class Strangers:
+    """Tasks of somebody else's coroutines. One that does not end when it is cancelled is left behind: nobody waits for
+    it, and it is held here until it ends."""
+
+    def __init__(self) -> None:
+        self._left: set[asyncio.Task[Any]] = set()
+
+    async def call(self, function: Callable[..., Any], *words: Any) -> Any:
+        """Call a plain function in a thread, a coroutine function in a task. A generator (of either kind) that it gives
+        is returned as it is.
+
+        Cancelling this cancels the coroutine, and does not wait for it longer than a moment.
+        """
+        result = function(*words) if _is_async(function) else await in_thread(function, *words)
+        if not inspect.isawaitable(result):
+            return result
+        task = asyncio.create_task(_awaited(result), name=f"kapsl-call-{getattr(function, '__name__', 'function')}")
+        try:
+            await asyncio.wait((task,))
+        finally:
+            await self.end(task)
+        return task.result()
+
+    async def end(self, *tasks: asyncio.Task[Any]) -> None:
+        """Cancel those of them that have not ended, and wait a moment for them to do so."""
+        running = [task for task in tasks if not task.done()]
+        if not running:
+            return
+        for task in running:
+            task.cancel()
+            self._left.add(task)
+            task.add_done_callback(self._forget)
+        _, stubborn = await asyncio.wait(running, timeout=LAST_STEPS)
+        for task in stubborn:
+            logger.warning("%s does not end though it was cancelled, and is left behind", task.get_name())
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._left.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.debug("%s, cancelled, raised %r", task.get_name(), error)
+
+
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -27,12 +29,14 @@ from kapsl_scheduler import (
     StoreError,
 )
 from kapsl_scheduler.packages.manifest import CronJobDef, IntervalDef, Manifest, NamedTensor
+from kapsl_scheduler.runtime import cron_catalogue
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.testing import WallClock
 from kapsl_scheduler.testing.engines import FAKE_INFO
 from tests.runtime.cron import FaultyStore, Target, X, a_job, at, counts, cron_over, history, next_event, run_ended
-from tests.runtime.virtual import virtual
+from tests.runtime.virtual import virtual, with_threads
 
+DAY = 86_400
 replace = msgspec.structs.replace
 
 
@@ -45,6 +49,17 @@ class Model(Target):
 
     def model_info(self) -> Any:
         return FAKE_INFO
+
+
+async def passes_during(work: Coroutine[Any, Any, Any]) -> int:
+    """How often others get the loop while it goes on."""
+    passes = 0
+    task = asyncio.create_task(work)
+    while not task.done():
+        await asyncio.sleep(0)
+        passes += 1
+    await task
+    return passes
 
 
 # ---------------------------------------------------------------------------------------- construction
@@ -290,6 +305,82 @@ async def test_names_may_stand_for_callables_that_are_bound_before() -> None:
     assert heard == ["job"]
 
 
+class Row:
+    """Callables that share their names with others: methods of two objects."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    async def request(self, firing: Firing) -> Any:
+        return X * self.value
+
+
+@pytest.mark.parametrize("shared", [MemoryStore, FaultyStore])
+@virtual
+async def test_callables_of_one_name_are_not_taken_for_each_other(shared: Any) -> None:
+    store, clock, target = shared(), WallClock(), Target()
+    async with cron_over(store=store, clock=clock) as cron:
+        await cron.register(a_job("one", request=Row(1).request))
+        await cron.register(a_job("two", request=Row(2).request))
+    async with cron_over(target, store=store, clock=clock) as cron:
+        await cron.register(a_job("two", request=Row(2).request))
+        info = await cron.job_info("one")
+        assert info is not None
+        assert info.waiting_for == "request: nothing is bound as 'tests.runtime.test_cron_registering:Row.request'"
+        with pytest.raises(InvalidJob):
+            await cron.trigger("one")
+        assert (await run_ended(cron, "two")).state.value == "succeeded"
+        await cron.register(a_job("one", request=Row(1).request))
+        assert (await run_ended(cron, "one")).state.value == "succeeded"
+    assert [int(call.request[0, 0]) for call in target.calls] == [2, 1]
+
+
+@virtual
+async def test_a_job_that_is_read_again_keeps_its_own_callables() -> None:
+    """Two processes; the other one changes the job, whose function only this one has."""
+    store, target = FaultyStore(), Target()
+    other = FaultyStore(store.memory)
+    async with (
+        cron_over(target, store=store, lease=3.0) as cron,
+        CronScheduler(Target(), store=other, lease=3.0) as far,
+    ):
+        await cron.register(a_job(schedule=DAY, request=Row(3).request))
+        await asyncio.sleep(2)
+        await far.register(a_job(schedule=DAY, request=Row(4).request, run=RunPolicy(attempts=2)))
+        await asyncio.sleep(2)
+        assert cron.job("job").run.attempts == 2
+        await run_ended(cron)
+    assert [int(call.request[0, 0]) for call in target.calls] == [3]
+
+
+@virtual
+async def test_a_name_stands_for_one_callable() -> None:
+    async with cron_over() as cron:
+        cron.bind("make", make)
+        cron.bind("make", make)
+        with pytest.raises(ValueError, match="name: 'make' is bound to another callable"):
+            cron.bind("make", print)
+
+
+@virtual
+async def test_an_adapter_that_breaks_keeps_only_its_own_job(caplog: pytest.LogCaptureFixture) -> None:
+    class Source(msgspec.Struct, tag="odd"):
+        def items(self, firing: Any, memory: Any) -> Any: ...
+
+    def adapters(kind: str, settings: Any) -> Any:
+        raise ZeroDivisionError("a mistake")
+
+    store = MemoryStore()
+    async with cron_over(store=store) as cron:
+        await cron.register(a_job("odd", request=Source()))
+        await cron.register(a_job("other"))
+    async with cron_over(store=store, adapters=adapters) as cron:
+        info = await cron.job_info("odd")
+        assert info is not None
+        assert info.waiting_for == "ZeroDivisionError: a mistake"
+        assert (await run_ended(cron, "other")).state.value == "succeeded"
+
+
 @virtual
 async def test_a_stored_job_that_cannot_be_read_waits_and_can_be_removed_or_replaced(
     caplog: pytest.LogCaptureFixture,
@@ -315,6 +406,67 @@ async def test_a_stored_job_that_cannot_be_read_waits_and_can_be_removed_or_repl
         await cron.update(a_job())
         assert cron.preview("job", 1) == [at(120)]
         assert await cron.unregister("other")
+
+
+# ------------------------------------------------------------------------------------------ many and large
+
+
+@pytest.mark.slow
+@virtual
+async def test_many_jobs_do_not_keep_others_from_the_loop() -> None:
+    store = MemoryStore()
+    async with cron_over(store=store) as cron:
+        assert await passes_during(cron.register_all(a_job(f"job-{n}", request=Named("m")) for n in range(0))) < 5
+        cron.bind("m", make)
+        jobs = [a_job(f"job-{n:04}", request=Named("m")) for n in range(1000)]
+        assert await passes_during(cron.register_all(jobs)) >= 2 * 1000 // 128
+        assert await passes_during(cron.list_jobs()) >= 1000 // 128
+    later = CronScheduler(Target(), store=store, clock=WallClock())
+    assert await passes_during(later.__aenter__()) >= 1000 // 128
+    try:
+        later.bind("m", make)
+        info = await later.job_info("job-0999")
+        assert info is not None
+        assert info.waiting_for is not None  # its turn comes
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert [info.id for info in await later.list_jobs() if info.waiting_for is not None] == []
+    finally:
+        await later.close()
+
+
+@with_threads
+async def test_a_large_request_is_copied_and_written_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[bool] = []
+    original = cron_catalogue.encode_job
+
+    def encode_job(job: CronJob) -> bytes:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return original(job)
+
+    monkeypatch.setattr(cron_catalogue, "encode_job", encode_job)
+    target, large = Target(), np.ones((1, 100_000), np.float32)
+    async with cron_over(target) as cron:
+        await cron.register(a_job(request=large))
+        await cron.register(a_job("small"))
+        large[:] = 2.0
+        assert (await run_ended(cron)).state.value == "succeeded"
+    assert threads == [False, True]
+    assert target.calls[0].request[0, 0] == 1.0
+
+
+@virtual
+async def test_of_two_that_register_one_id_at_once_one_is_refused() -> None:
+    large = np.ones((1, 100_000), np.float32)
+    async with cron_over() as cron:
+        results = await asyncio.gather(
+            cron.register(a_job(request=large)), cron.register(a_job(request=large)), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [type(None), DuplicateId]
+        both = await asyncio.gather(
+            cron.register_all([a_job("a"), a_job("b")]), cron.register_all([a_job("b")]), return_exceptions=True
+        )
+        assert sorted(type(result).__name__ for result in both) == ["DuplicateId", "NoneType"]
 
 
 # -------------------------------------------------------------------------------------------- updating

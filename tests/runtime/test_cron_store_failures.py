@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from kapsl_scheduler import CronScheduler, FiringPolicy, NotFound, Overlap, Scheduler, StoreError
+from kapsl_scheduler import CronError, CronScheduler, FiringPolicy, NotFound, Overlap, Scheduler, StoreError
 from kapsl_scheduler.testing import FakeAsyncEngine, WallClock
 from tests.runtime.cron import FaultyStore, Target, X, a_job, add_up, counts, cron_over, history
 from tests.runtime.helpers import start
 from tests.runtime.virtual import virtual
 
+DAY = 86_400
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -259,3 +260,62 @@ async def test_a_firing_that_cannot_be_decided_is_looked_at_again(caplog: pytest
         await asyncio.sleep(30)
         assert await counts(cron) == {"succeeded": 1}
         assert await counts(cron, "other") == {"succeeded": 1}
+
+
+@pytest.mark.parametrize("instant", [True, False])
+@virtual
+async def test_what_was_written_of_several_jobs_is_taken_back_once_the_store_works(instant: bool) -> None:
+    """The store fails in the middle, and goes on failing for a while."""
+    fails = False
+
+    def planned(name: str, number: int) -> str | None:
+        return "before" if fails and name == "commit" and store.counts["commit"] > failing_from else None
+
+    store = FaultyStore(instant=instant, fails=planned)
+    async with cron_over(store=store) as cron:
+        await cron.register_all([a_job("there", schedule=DAY), a_job("same", schedule=DAY)])
+        await cron.register_all([a_job("paused", schedule=DAY)])
+        before = {id: cron.definition(id) for id in ("there", "same", "paused")}
+    failing_from, fails = store.counts["commit"] + 1, True
+    async with cron_over(store=store) as cron:
+        changed = [a_job("there", schedule=60), a_job("same", schedule=DAY), *(a_job(f"new-{n}") for n in range(200))]
+        with pytest.raises(StoreError):
+            await cron.register_all(changed)
+        assert len(await cron.list_jobs()) > 3  # it cannot be undone yet
+        fails = False
+        await asyncio.sleep(5)
+        assert {info.id: cron.definition(info.id) for info in await cron.list_jobs()} == before
+        await cron.register_all(changed)
+        assert len(await cron.list_jobs()) == 203
+
+
+@virtual
+async def test_what_is_registered_again_meanwhile_is_not_taken_back() -> None:
+    fails = True
+
+    def planned(name: str, number: int) -> str | None:
+        return "before" if fails and name == "commit" and number > 1 else None
+
+    store = FaultyStore(fails=planned)
+    async with cron_over(store=store) as cron:
+        with pytest.raises(StoreError):
+            await cron.register_all([a_job(f"job-{n}") for n in range(200)])
+        written = [info.id for info in await cron.list_jobs()]
+        assert written
+        fails = False
+        await cron.register(a_job(written[0]))
+        await asyncio.sleep(5)
+        assert [info.id for info in await cron.list_jobs()] == [written[0]]
+
+
+@virtual
+async def test_a_scheduler_whose_writer_has_stopped_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    store = FaultyStore()
+    async with CronScheduler(Target(), store=store, clock=WallClock()) as cron:
+        await cron.register(a_job())
+        cron._ledger._round = None  # type: ignore[assignment,method-assign]
+        with pytest.raises(CronError, match="has broken down: TypeError"):
+            await cron.register(a_job("other"))
+        with pytest.raises(CronError, match="has broken down: TypeError"):
+            await cron.pause("job")
+    assert "cron writer has stopped" in caplog.text

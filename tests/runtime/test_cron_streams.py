@@ -117,6 +117,15 @@ def adapters(kind: str, settings: Mapping[str, Any]) -> Any:
     return msgspec.convert(settings, {"source": Rows, "sink": Lines}[kind])
 
 
+async def stubborn(*words: Any) -> Any:
+    """Twenty minutes, whoever cancels it."""
+    for _ in range(20):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            continue
+
+
 def outcome(run: CronRun) -> tuple[str, str]:
     return run.state.value, run.reason
 
@@ -505,13 +514,6 @@ async def test_a_generator_that_is_slow_to_end_does_not_outlive_the_timeout(capl
 @pytest.mark.parametrize("field", ["request", "condition", "sink"])
 @virtual
 async def test_a_coroutine_that_does_not_heed_its_cancellation_does_not_outlive_the_timeout(field: str) -> None:
-    async def stubborn(*words: Any) -> Any:
-        for _ in range(20):
-            try:
-                await asyncio.sleep(60)
-            except asyncio.CancelledError:
-                continue
-
     async with cron_over() as cron:
         await cron.register(a_job(schedule=DAY, **{field: stubborn}, run=RunPolicy(timeout=5)))
         run = await run_ended(cron)
@@ -687,13 +689,6 @@ async def test_rows_are_counted_where_requests_have_a_batch_axis() -> None:
 async def test_everything_may_hang_and_the_run_ends_within_a_second_of_its_timeout() -> None:
     """Its sink, its requests, its target and its callback."""
     KEPT.hangs = threading.Event()
-
-    async def stubborn(*words: Any) -> Any:
-        for _ in range(20):
-            try:
-                await asyncio.sleep(60)
-            except asyncio.CancelledError:
-                continue
 
     async def make(firing: Firing) -> AsyncIterator[Any]:
         for _ in range(300):

@@ -74,7 +74,8 @@ _DECODER: Final = msgspec.json.Decoder(Definition)
 
 
 def callable_name(function: Callable[..., Any]) -> str:
-    """The name under which a callable of somebody's code is found again after a restart: `module:qualified name`."""
+    """The name of a callable of somebody's code: `module:qualified name`. Lambdas, methods and the like share it with
+    others."""
     inner = getattr(function, "__func__", function)
     name = getattr(inner, "__qualname__", type(function).__qualname__)
     return f"{getattr(inner, '__module__', None) or type(function).__module__}:{name}"

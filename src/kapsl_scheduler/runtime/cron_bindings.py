@@ -5,6 +5,9 @@ What is not here: the form of the text (`core.definition`), when jobs are read.
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,8 @@ from kapsl_scheduler.errors import InvalidExpression, InvalidJob
 
 __all__ = ["Bindings"]
 
+logger = logging.getLogger(__name__)
+
 _FIELDS = ("request", "on_result", "condition", "sink")
 
 
@@ -24,30 +29,51 @@ class Bindings:
     model may not, None if they may."""
 
     def __init__(self, adapters: Adapters | None, lacks: Callable[[str], str | None] | None = None) -> None:
-        self.callables: dict[str, Callable[..., Any]] = {}
+        self._callables: dict[str, Callable[..., Any]] = {}
+        self._own: dict[str, dict[str, Callable[..., Any]]] = {}  # by job and field: what it was registered with
         self.packages: set[str] = set()
         self.lacks = lacks or _lacks_nothing
         self._adapters = adapters or _no_adapters
 
+    def name(self, name: str, function: Callable[..., Any]) -> None:
+        """Let jobs refer to a callable by name. Raises `ValueError` for a name that stands for another one."""
+        if self._callables.setdefault(name, function) is not function:
+            raise ValueError(f"name: {name!r} is bound to another callable")
+
     def learn(self, job: CronJob) -> None:
-        """Remember a job's callables under their own names, and its package: it will be read again."""
+        """Remember a job's callables and its package: it will be read again. Other jobs may refer to a function of a
+        module by its own name; a lambda, a method or the like shares its name with others, and is the job's alone."""
         if job.package is not None:
             self.packages.add(job.package)
+        own: dict[str, Callable[..., Any]] = {}
         for field in _FIELDS:
             value = getattr(job, field)
             if callable(value):
-                self.callables[callable_name(value)] = value
+                own[field] = value
+                if _stands_for(name := callable_name(value), value):
+                    self._callables[name] = value
+        if own:
+            self._own[job.id] = own
+        else:
+            self._own.pop(job.id, None)
+
+    def forget(self, job: str) -> None:
+        """There is no such job any more."""
+        self._own.pop(job, None)
 
     def bind(self, job: CronJob, *, loaded: str | None = None) -> tuple[CronJob, list[str]]:
         """The job with callables in place of their names, and what is missing. The package `loaded` is not."""
         found: dict[str, Any] = {}
         missing: list[str] = []
+        own = self._own.get(job.id, {})
         for field in _FIELDS:
             value = getattr(job, field)
             if not isinstance(value, Named):
                 continue
-            if value.name in self.callables:
-                found[field] = self.callables[value.name]
+            if field in own and callable_name(own[field]) == value.name:
+                found[field] = own[field]
+            elif value.name in self._callables:
+                found[field] = self._callables[value.name]
             else:
                 missing.append(f"{field}: nothing is bound as {value.name!r}")
         if job.package not in (None, loaded) and job.package not in self.packages:
@@ -62,12 +88,25 @@ class Bindings:
             job = decode_job(definition, self._adapters).check(allow_latency_critical=allow_latency_critical)
         except (InvalidJob, InvalidExpression) as error:
             return None, str(error)
+        except Exception as error:  # an adapter's mistake must not be the end of all other jobs
+            logger.exception("the definition of a job could not be read")
+            return None, f"{type(error).__name__}: {error}"
         bound, missing = self.bind(job)
         return bound, "; ".join(missing) or None
 
     def decode(self, definition: bytes) -> CronJob:
         """The job that a text describes, unchecked. Raises `InvalidJob`."""
         return decode_job(definition, self._adapters)
+
+
+def _stands_for(name: str, function: Callable[..., Any]) -> bool:
+    """Whether a callable's own name leads to it, and to no other."""
+    module, _, path = name.partition(":")
+    try:
+        found: Any = functools.reduce(getattr, path.split("."), sys.modules.get(module))
+        return found is function
+    except AttributeError:
+        return False
 
 
 def _lacks_nothing(model: str) -> str | None:

@@ -25,7 +25,7 @@ from kapsl_scheduler.runtime.cron_stream import PartlyFailed, RunLost, Stream, e
 from kapsl_scheduler.runtime.offload import Strangers, in_thread, taken_in_thread
 from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
-__all__ = ["Execution", "ExecutionHost"]
+__all__ = ["Execution", "ExecutionHost", "nbytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,11 +129,11 @@ class Execution:
         """Count a request that was answered, or (without a response) one that failed."""
         self.requests += 1
         self._rows += rows
-        self._input_bytes += _nbytes(request)
+        self._input_bytes += nbytes(request)
         if response is None:
             self._failed_requests += 1
         else:
-            self._output_bytes += _nbytes(getattr(response, "outputs", None))
+            self._output_bytes += nbytes(getattr(response, "outputs", None))
 
     def on(self, run: Run, **changes: Any) -> Run:
         """The record of the run with what it has done so far, over its attempts, and `changes`."""
@@ -381,7 +381,7 @@ def _may_pass(error: BaseException | None) -> bool:
     return not isinstance(error, ValueError | TypeError)
 
 
-def _nbytes(arrays: Any) -> int:
+def nbytes(arrays: Any) -> int:
     """The bytes of the arrays in a request or an answer, as far as it holds arrays."""
     if isinstance(arrays, InferenceRequest):
         arrays = arrays.inputs

@@ -461,7 +461,7 @@ class Define(Intent):
     """A job as its owner wants it: new (unless it must be `known`), or in place of what is known under its id, with its
     counters and its phase."""
 
-    __slots__ = ("_definition", "_host", "_job", "_known", "_missed", "_refuse", "_told")
+    __slots__ = ("_host", "_job", "_known", "_missed", "_refuse", "_told", "definition")
 
     def __init__(
         self, host: IntentHost, job: CronJob, definition: bytes, *, refuse: bool = False, known: bool = False
@@ -470,7 +470,7 @@ class Define(Intent):
         self._known = known
         self._host = host
         self._job = job
-        self._definition = definition
+        self.definition = definition
         self._refuse = refuse
         self._told = ""
         self._missed: tuple[Run, ...] = ()
@@ -484,9 +484,9 @@ class Define(Intent):
             self._told = "registered"
             self._check_fires(now, now)
             state = JobState(anchor=now, cursor=now, paused="" if self._job.enabled else _NOT_ENABLED)
-            return Change(job=self.job, expected=0, state=state, definition=self._definition)
+            return Change(job=self.job, expected=0, state=state, definition=self.definition)
         self._told = ""
-        if entry.definition == self._definition:
+        if entry.definition == self.definition:
             # As it seems: the store knows.
             return Change(job=self.job, expected=entry.version, state=entry.state)
         if self._refuse:
@@ -513,7 +513,7 @@ class Define(Intent):
             job=self.job,
             expected=entry.version,
             state=state,
-            definition=self._definition,
+            definition=self.definition,
             created=self._missed,
         )
 

@@ -399,7 +399,9 @@ class Ledger:
         before = self.versions()
         versions = await self.store.versions()
         different = [job for job, version in versions.items() if before.get(job, 0) < version]
-        for record in await self.store.jobs(different) if different else ():
+        for number, record in enumerate(await self.store.jobs(different) if different else ()):
+            if number % ROUND == ROUND - 1:
+                await asyncio.sleep(0)
             entry = self.entries.get(record.id)
             if entry is None or entry.version < record.version:
                 self.refresh(record.id, record)

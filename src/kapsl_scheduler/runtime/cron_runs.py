@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Final
 
 from kapsl_scheduler.core.firing import startable
 from kapsl_scheduler.core.jobs import moment
@@ -74,7 +74,7 @@ class Runs:
         self._waiting_runners: list[asyncio.Future[None]] = []
         self._called = False
         self._empty: asyncio.Future[None] | None = None  # until nothing runs, while the scheduler closes
-        self._chores: dict[tuple[str, str], Callable[[], Any]] = {}
+        self._chores: dict[tuple[str, str], Callable[[], Awaitable[None]]] = {}
         self._chore = asyncio.Event()
         self.closing = False  # no waiting run starts any more
         self.cutting = False  # no run does
@@ -299,8 +299,7 @@ class Runs:
         """Runs that wait may start now, if there are any."""
         state = entry.state
         if (state.waiting or state.backfills) and entry.unbound is None and not self.closing and startable(state):
-            self._chores[entry.id, "start"] = lambda: self._start_waiting(entry)
-            self._chore.set()
+            self.see_to(entry.id, "start", lambda: self._start_waiting(entry))
 
     def room_in(self, job: str) -> None:
         """The same, by the job's id."""
@@ -310,10 +309,14 @@ class Runs:
     def cancel_elsewhere(self, entry: Entry, besides: Sequence[Run]) -> None:
         """A new run takes the place of all others: those that wait, and those of other processes."""
         keys = {run.key for run in besides}
-        self._chores[entry.id, "cancel"] = lambda: self._cancel_elsewhere(entry, keys)
-        self._chore.set()
+        self.see_to(entry.id, "cancel", lambda: self._cancel_elsewhere(entry, keys))
 
     # ------------------------------------------------------------------------------------------- chores
+
+    def see_to(self, job: str, what: str, chore: Callable[[], Awaitable[None]]) -> None:
+        """Have it done soon, once however often it is asked for, and again while the store fails."""
+        self._chores[job, what] = chore
+        self._chore.set()
 
     async def serve(self) -> None:
         """What has to be looked up in the store before it can be decided, until cancelled."""
@@ -326,10 +329,10 @@ class Runs:
                     await chore()
                 except Exception as error:
                     expected = isinstance(error, StoreError)
-                    logger.warning("job %r: waiting runs were not looked up: %s", key[0], error, exc_info=not expected)
+                    logger.warning("job %r: not done yet (%s): %s", *key, error, exc_info=not expected)
                     asyncio.get_running_loop().call_later(1.0, self._put_back, key, chore)
 
-    def _put_back(self, key: tuple[str, str], chore: Callable[[], Any]) -> None:
+    def _put_back(self, key: tuple[str, str], chore: Callable[[], Awaitable[None]]) -> None:
         self._chores.setdefault(key, chore)
         self._chore.set()
 

@@ -13,31 +13,26 @@ import logging
 import reprlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence, Set
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
-import msgspec
-
-from kapsl_scheduler.core.definition import Adapters, encode_job, frozen_request
-from kapsl_scheduler.core.firing import Timetable
+from kapsl_scheduler.core.definition import Adapters
 from kapsl_scheduler.core.jobs import MAX_ID, CronJob, micros, moment
 from kapsl_scheduler.core.runs import SCHEDULE, Run, RunState
-from kapsl_scheduler.errors import CronError, DuplicateId, EngineError, InvalidExpression, InvalidJob, NotFound
+from kapsl_scheduler.errors import CronError, InvalidJob, NotFound
 from kapsl_scheduler.packages.manifest import CronJobDef, Manifest
-from kapsl_scheduler.ports import CronTarget, JobStore, RunQuery, is_source
+from kapsl_scheduler.ports import CronTarget, JobStore, RunQuery
 from kapsl_scheduler.runtime.cron_alarm import Alarm
-from kapsl_scheduler.runtime.cron_bindings import Bindings
+from kapsl_scheduler.runtime.cron_catalogue import Catalogue
 from kapsl_scheduler.runtime.cron_events import Events
-from kapsl_scheduler.runtime.cron_intents import Define, Fill, Fire, Pause, Remove, Resume, Trigger
+from kapsl_scheduler.runtime.cron_intents import Fill, Fire, Pause, Resume, Trigger
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
-from kapsl_scheduler.runtime.cron_manifest import declared_job
 from kapsl_scheduler.runtime.cron_metrics import CronFigures, CronStatistics
 from kapsl_scheduler.runtime.cron_runs import AT_ONCE, Runs
 from kapsl_scheduler.runtime.cron_views import CronEvent, CronJobInfo, CronRun, job_info, run_view
 from kapsl_scheduler.runtime.cron_watch import Watch
 from kapsl_scheduler.stores.memory import MemoryStore
-from kapsl_scheduler.types import ModelInfo
 
 __all__ = ["CronScheduler"]
 
@@ -93,10 +88,9 @@ class CronScheduler:
         self._target = target
         self._wall = clock or _system_wall
         self._allow_critical = allow_latency_critical
-        self._bindings = Bindings(adapters, self._lacks if hasattr(target, "target") else None)
         self._events = Events()
         self._alarm = Alarm(self._wall, self._fire)
-        self._ledger = Ledger(store if store is not None else MemoryStore(), changed=self._read, gone=self._gone)
+        self._ledger = Ledger(store if store is not None else MemoryStore(), changed=self._changed, gone=self._gone)
         self._runs = Runs(
             self._ledger,
             self._alarm,
@@ -106,11 +100,13 @@ class CronScheduler:
             target=self._target_of,
             most=max_concurrent_runs,
         )
+        self._catalogue = Catalogue(
+            self._ledger, self._runs, target, adapters, allow_latency_critical=allow_latency_critical
+        )
         self._watch = Watch(self._ledger, self._runs, lease=lease, keep=history_keep, max_age=history_max_age)
-        self._registered: set[str] = set()  # in this scheduler: a second time is a mistake
-        self._asking = asyncio.Lock()  # held while a trigger is looked up that may have been asked for before
         self._services: list[asyncio.Task[None]] = []
         self._phase = "not entered"
+        self._broken: str | None = None  # why nothing works any more
         self._ending: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -125,8 +121,7 @@ class CronScheduler:
         try:
             await self._ledger.store.open()
             await self._ledger.store.beat(self._runs.owner)
-            for record in await self._ledger.store.jobs():
-                self._ledger.refresh(record.id, record)
+            await self._catalogue.open()
         except BaseException:
             self._phase = "closed"
             await self._ledger.store.close()
@@ -139,7 +134,7 @@ class CronScheduler:
         }
         self._services = [asyncio.create_task(service, name=f"cron {name}") for name, service in services.items()]
         for task in self._services:
-            task.add_done_callback(_must_not_end)
+            task.add_done_callback(self._service_ended)
         self._alarm.start()
         return self
 
@@ -224,94 +219,32 @@ class CronScheduler:
         that never fires among it) and `StoreError`.
         """
         self._check_open()
-        checked, definition = self._checked(job)
-        if checked.id in self._registered:
-            raise DuplicateId(f"a job {checked.id!r} is registered already: update it, or unregister it first")
-        self._registered.add(checked.id)
-        try:
-            await self._ledger.do(Define(self._runs, checked, definition, refuse=_refuses(on_conflict)))
-        except BaseException:
-            self._registered.discard(checked.id)
-            raise
+        await self._catalogue.register(job, refuse=_refuses(on_conflict))
 
     async def register_all(self, jobs: Iterable[CronJob], *, on_conflict: str = "update") -> None:
         """Start several jobs or none of them. Raises what `register` raises; an `InvalidJob` names the faults of
         all."""
         self._check_open()
-        await self._register_all(jobs, refuse=_refuses(on_conflict))
-
-    async def _register_all(
-        self, jobs: Iterable[CronJob], *, refuse: bool = False, own: Set[str] = frozenset()
-    ) -> None:
-        """`own` are ids that may be registered already: those jobs are updated."""
-        faults: list[str] = []
-        checked: dict[str, Define] = {}
-        for job in jobs:
-            try:
-                ready, definition = self._checked(job)
-            except (InvalidJob, InvalidExpression) as error:
-                faults.append(str(error) if isinstance(error, InvalidJob) else f"job {job.id!r}: schedule: {error}")
-                continue
-            if ready.id in checked or (ready.id in self._registered and ready.id not in own):
-                raise DuplicateId(f"a job {ready.id!r} is registered already: update it, or unregister it first")
-            intent = checked[ready.id] = Define(self._runs, ready, definition, refuse=refuse)
-            try:
-                intent.decide(self._ledger.entries.get(ready.id))
-            except InvalidJob as error:
-                faults.append(str(error))
-        if faults:
-            raise InvalidJob(faults)
-        known = set(self._ledger.entries)
-        fresh = checked.keys() - self._registered
-        self._registered.update(fresh)
-        try:
-            await self._ledger.do_all(list(checked.values()))
-        except BaseException:
-            self._registered.difference_update(fresh)
-            for id in fresh:
-                if id not in known and id in self._ledger.entries:
-                    await self._remove(id, cancel=True)
-            raise
+        await self._catalogue.register_all(jobs, refuse=_refuses(on_conflict))
 
     async def update(self, job: CronJob) -> CronJobInfo:
         """Put another definition in the place of a job's, keeping its counters and the phase of its interval. What runs
         goes on under the old one. Raises `NotFound`, and what `register` raises."""
         self._check_open()
-        self._entry(job.id)
-        checked, definition = self._checked(job)
-        await self._ledger.do(Define(self._runs, checked, definition, known=True))
-        self._registered.add(checked.id)
-        return self._info(self._entry(checked.id))
+        await self._catalogue.update(job)
+        return self._info(self._catalogue.entry(job.id))
 
     async def unregister(self, id: str, *, cancel: bool = False) -> bool:
         """Forget a job; False if there is none of that id. What runs goes on to its end, or with `cancel` is cancelled;
         what waits is cancelled. Its history stays."""
         self._check_open()
-        if id not in self._ledger.entries:
-            return False
-        return await self._remove(id, cancel=cancel)
-
-    async def _remove(self, id: str, *, cancel: bool) -> bool:
-        while (entry := self._ledger.entries.get(id)) is not None:
-            version = entry.version
-            open_runs = await self._ledger.store.runs(
-                RunQuery(job=id, states=(RunState.PENDING, RunState.RUNNING), limit=1_000_000)
-            )
-            current = [run for run in open_runs if not run.detached]
-            try:
-                done = await self._ledger.do(Remove(self._runs, id, current, version, cancel=cancel))
-            except NotFound:
-                break
-            if done:
-                self._registered.discard(id)
-                return True
-        return False
+        return await self._catalogue.remove(id, cancel=cancel)
 
     async def register_from_def(
         self, definition: CronJobDef, *, model: str | None = None, package: str | None = None
     ) -> None:
         """Start a job that a package declares. Raises what `register` raises."""
-        await self.register(self._from_def(definition, model, package))
+        await self.register(self._catalogue.declared(definition, model, package))
 
     async def register_from_manifest(self, manifest: Manifest, *, model: str | None = None) -> None:
         """Start the jobs of a package, all or none, under ids of the form `project:id`, or `model:id` where the target
@@ -319,85 +252,22 @@ class CronScheduler:
         counters and phase, those that the manifest has no more are removed, also those that the store holds from
         before. Raises what `register_all` raises, `InvalidJob` also for the id of a job that is not the package's."""
         self._check_open()
-        package = manifest.project_name if model is None else model
-        jobs = [self._from_def(definition, model, package) for definition in manifest.cron_jobs]
-        own = set(self._of_package(package))
-        if strangers := [
-            f"job {job.id!r}: id: a job that is not the package's has it"
-            for job in jobs
-            if job.id not in own and (entry := self._ledger.entries.get(job.id)) is not None and entry.job is not None
-        ]:
-            raise InvalidJob(strangers)
-        there_before = package in self._bindings.packages
-        try:
-            await self._register_all(jobs, own=own)
-        except BaseException:
-            if not there_before:
-                self._bindings.packages.discard(package)
-            raise
-        self._bindings.packages.add(package)
-        for id in own - {job.id for job in jobs}:
-            await self._remove(id, cancel=False)
+        await self._catalogue.register_package(manifest, model)
 
     async def unregister_package(self, package: str, *, cancel: bool = False) -> list[str]:
         """Forget exactly the jobs that came with a package. Returns their ids."""
         self._check_open()
-        ids = self._of_package(package)
-        for id in ids:
-            await self._remove(id, cancel=cancel)
-        self._bindings.packages.discard(package)
-        return ids
-
-    def _of_package(self, package: str) -> list[str]:
-        entries = self._ledger.entries.values()
-        return [entry.id for entry in entries if entry.job is not None and entry.job.package == package]
-
-    def _from_def(self, definition: CronJobDef, model: str | None, package: str | None) -> CronJob:
-        info: ModelInfo = self._target_of(model).model_info()  # type: ignore[attr-defined]
-        return declared_job(definition, info, model=model, package=package, allow_latency_critical=self._allow_critical)
+        return await self._catalogue.remove_package(package, cancel=cancel)
 
     def bind(self, name: str, function: Callable[..., Any]) -> None:
         """Let jobs refer to a callable by name (`Named`). Stored jobs that waited for it fire from now on; what was due
-        meanwhile follows their misfire rule."""
-        self._bindings.callables[name] = function
-        for entry in list(self._ledger.entries.values()):
-            if entry.unbound is not None:
-                self._read(entry)
+        meanwhile follows their misfire rule. Raises `ValueError` for a name that stands for another callable."""
+        self._catalogue.bind(name, function)
 
     def look_again(self) -> None:
         """Models have come or gone: the jobs of those that are not there wait, those of the others fire from now on;
         what was due meanwhile follows their misfire rule."""
-        for entry in list(self._ledger.entries.values()):
-            if entry.unbound is None and entry.job is not None and entry.job.model is not None:
-                entry.unbound = self._lacks(entry.job.model)
-            if entry.unbound is not None:
-                self._read(entry)
-
-    def _lacks(self, model: str) -> str | None:
-        """Why jobs of a model cannot fire; None if they can."""
-        try:
-            self._target.target(model)
-        except EngineError as error:
-            return str(error)
-        return None
-
-    def _checked(self, job: CronJob) -> tuple[CronJob, bytes]:
-        """The job as it will fire, and as it is stored. What it refers to by name is there."""
-        checked = job.check(allow_latency_critical=self._allow_critical)
-        if hasattr(self._target, "target"):
-            if checked.model is None:
-                raise InvalidJob(["model: expected the name of a model, got None"], checked.id)
-        elif checked.model is not None:
-            raise InvalidJob(["model: there is but one model here; leave it out"], checked.id)
-        bound, missing = self._bindings.bind(checked, loaded=checked.package)
-        if missing:
-            raise InvalidJob(missing, checked.id)
-        request = bound.request
-        if not callable(request) and not is_source(request):
-            bound = msgspec.structs.replace(bound, request=frozen_request(request))
-        definition = encode_job(checked)
-        self._bindings.learn(checked)
-        return bound, definition
+        self._catalogue.look_again()
 
     # ---------------------------------------------------------------------------------- looking after jobs
 
@@ -412,19 +282,19 @@ class CronScheduler:
 
     async def _change(self, intent: Intent) -> CronJobInfo:
         self._check_open()
-        self._entry(intent.job)
+        self._catalogue.entry(intent.job)
         await self._ledger.do(intent)
-        return self._info(self._entry(intent.job))
+        return self._info(self._catalogue.entry(intent.job))
 
     async def trigger(self, id: str, *, origin: str | None = None) -> CronRun:
         """Fire once, now, also while the job is paused; its overlap policy holds. Asked for twice under one `origin` it
         is one run, as long as the history has it. Returns the run as it was recorded. Raises `NotFound`, `InvalidJob`
         for a job that cannot run here and for an origin that cannot be."""
         self._check_open()
-        self._entry(id)
+        self._catalogue.entry(id)
         name = _origin(id, origin, "trigger")
         while True:
-            version = self._entry(id).version
+            version = self._catalogue.entry(id).version
             found = await self._asked_before(id, origin)
             if found is None:
                 found = await self._ledger.do(Trigger(self._runs, id, name, None if origin is None else version))
@@ -438,7 +308,7 @@ class CronScheduler:
         schedule fires. Returns the origin of the runs, and how many there are (0 where that origin has been asked for
         before). Raises `NotFound`, `InvalidJob` for a range without occurrences, or with more than 10,000."""
         self._check_open()
-        self._entry(id)
+        self._catalogue.entry(id)
         faults = [
             f"backfill.{name}: expected a datetime with a time zone, got {value!r}"
             for name, value in (("start", start), ("end", end))
@@ -450,7 +320,7 @@ class CronScheduler:
             raise InvalidJob(faults, id)
         name = _origin(id, origin, "backfill")
         while True:
-            version = self._entry(id).version
+            version = self._catalogue.entry(id).version
             if await self._asked_before(id, origin) is not None:
                 return name, 0
             seen = None if origin is None else version
@@ -467,7 +337,7 @@ class CronScheduler:
 
     def preview(self, id: str, n: int = 5) -> list[dt.datetime]:
         """When the job is due next, at most `n` times: as scheduled, whether or not it is paused. Raises `NotFound`."""
-        entry = self._entry(id)
+        entry = self._catalogue.entry(id)
         timetable = entry.timetable
         found: list[dt.datetime] = []
         last = max(entry.state.cursor, self._wall())
@@ -481,7 +351,13 @@ class CronScheduler:
     async def list_jobs(self, *, after: str = "", limit: int | None = None) -> list[CronJobInfo]:
         """The jobs by id: all, or the first `limit` whose ids come after `after`."""
         ids = sorted(id for id in self._ledger.entries if id > after)
-        return [self._info(self._ledger.entries[id]) for id in ids[:limit]]
+        found: list[CronJobInfo] = []
+        for number, id in enumerate(ids[:limit]):
+            if number % AT_ONCE == AT_ONCE - 1:
+                await asyncio.sleep(0)
+            if (entry := self._ledger.entries.get(id)) is not None:
+                found.append(self._info(entry))
+        return found
 
     async def job_info(self, id: str) -> CronJobInfo | None:
         """What is known of a job; None if there is none of that id."""
@@ -491,18 +367,18 @@ class CronScheduler:
     def job(self, id: str) -> CronJob:
         """A job as it fires, to make another of it (`msgspec.structs.replace`) for `update`. Raises `NotFound`, and
         `InvalidJob` where its stored definition cannot be read."""
-        entry = self._entry(id)
+        entry = self._catalogue.entry(id)
         if entry.job is None:
             raise InvalidJob([str(entry.unbound)], id)
         return entry.job
 
     def definition(self, id: str) -> bytes:
         """A job's definition as JSON text. Raises `NotFound`."""
-        return self._entry(id).definition
+        return self._catalogue.entry(id).definition
 
     def parse(self, definition: bytes) -> CronJob:
         """The job that a definition describes, to be registered. Raises `InvalidJob`."""
-        return self._bindings.decode(definition)
+        return self._catalogue.bindings.decode(definition)
 
     async def runs(
         self,
@@ -573,14 +449,10 @@ class CronScheduler:
     # ------------------------------------------------------------------------------------------ inside
 
     def _check_open(self) -> None:
+        if self._broken is not None:
+            raise CronError(self._broken)
         if self._phase != "open":
             raise CronError(f"the cron scheduler is {self._phase}")
-
-    def _entry(self, id: str) -> Entry:
-        entry = self._ledger.entries.get(id)
-        if entry is None:
-            raise NotFound(f"no job {id!r}")
-        return entry
 
     def _info(self, entry: Entry) -> CronJobInfo:
         return job_info(entry.id, entry.job, entry.state, next_firing=entry.next, unbound=entry.unbound)
@@ -590,19 +462,19 @@ class CronScheduler:
             return self._target  # type: ignore[no-any-return]
         return self._target.target(model)  # type: ignore[no-any-return]
 
-    def _read(self, entry: Entry) -> None:
-        """A job is not what it was: another process changed it, or what it refers to by name is there now."""
-        if entry.timetable is None or entry.unbound is not None:
-            entry.job, entry.unbound = self._bindings.read(
-                entry.definition, allow_latency_critical=self._allow_critical
-            )
-            entry.timetable = None if entry.job is None else Timetable.of(entry.job, entry.state.anchor)
-        self._runs.reschedule(entry)
-        self._runs.room_for_waiting(entry)
+    def _changed(self, entry: Entry) -> None:
+        self._catalogue.read(entry)
 
     def _gone(self, entry: Entry) -> None:
-        self._alarm.set(entry, None)
-        self._registered.discard(entry.id)
+        self._catalogue.gone(entry)
+
+    def _service_ended(self, task: asyncio.Task[None]) -> None:
+        """One of our own mistakes: nobody is to wait for what does not come."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        logger.critical("%s has stopped: jobs no longer fire as they should", task.get_name(), exc_info=error)
+        self._broken = f"the cron scheduler has broken down: {type(error).__name__}: {error}"
+        self._ledger.close(CronError(self._broken))
 
 
 def _refuses(on_conflict: str) -> bool:
@@ -618,8 +490,3 @@ def _origin(job: str, origin: str | None, kind: str) -> str:
         expected = f"expected 1 to {MAX_ID} printable characters other than {SCHEDULE!r}"
         raise InvalidJob([f"origin: {expected}, got {reprlib.repr(origin)}"], job)
     return origin
-
-
-def _must_not_end(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.critical("%s has stopped: jobs no longer fire as they should", task.get_name(), exc_info=error)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import gc
+from collections import Counter
 from typing import Any
 
 import pytest
 
-from kapsl_scheduler import FiringPolicy, InferenceError, NotFound, RunPolicy, RunState
-from kapsl_scheduler.runtime.cron_metrics import MAX_JOBS, OTHER_JOBS
+from kapsl_scheduler import CronStatistics, FiringPolicy, InferenceError, NotFound, RunPolicy, RunState
+from kapsl_scheduler.core.runs import Run
+from kapsl_scheduler.runtime.cron_metrics import MAX_JOBS, OTHER_JOBS, CronFigures
 from kapsl_scheduler.testing import WallClock
-from tests.runtime.cron import Target, a_job, at, counts, cron_over, history
+from tests.runtime.cron import FaultyStore, Target, a_job, at, counts, cron_over, history
 from tests.runtime.virtual import virtual
 
 
@@ -106,6 +108,34 @@ async def test_statistics_count_how_runs_ended() -> None:
         assert (found.overdue, found.waiting, found.store_failing) == (0, 0, None)
 
 
+def check_sums(found: CronStatistics) -> None:
+    """What all jobs have done is what each of them has."""
+    assert found.fired == sum(found.fired_by_job.values())
+    outcomes: Counter[tuple[str, str]] = Counter()
+    for each in found.outcomes_by_job.values():
+        outcomes.update(each)
+    assert found.outcomes == outcomes
+
+
+@virtual
+async def test_jobs_have_figures_of_their_own() -> None:
+    clock = WallClock()
+    async with cron_over(Target(does=lambda number: 0.1 if number == 1 else 5.0), clock=clock) as cron:
+        await cron.register(a_job("quick", 10, firing=FiringPolicy(max_runs=1)))
+        await asyncio.sleep(15)
+        await cron.register(a_job("slow", 100, firing=FiringPolicy(max_runs=1)))
+        await cron.register(a_job("never", 86_400))
+        clock.step(120)
+        await asyncio.sleep(60)
+        found = cron.statistics()
+    check_sums(found)
+    assert found.fired_by_job == {"quick": 1, "slow": 1}
+    assert found.outcomes_by_job == {"quick": {("succeeded", ""): 1}, "slow": {("succeeded", ""): 1}}
+    assert found.duration_p99_by_job == pytest.approx({"quick": 0.1, "slow": 5.0}, rel=0.2)
+    assert found.lateness_p99_by_job["quick"] < 0.001
+    assert 20 < found.lateness_p99_by_job["slow"] < 60
+
+
 @virtual
 async def test_jobs_beyond_a_bound_share_their_figures() -> None:
     async with cron_over() as cron:
@@ -113,9 +143,93 @@ async def test_jobs_beyond_a_bound_share_their_figures() -> None:
             await cron.register(a_job(f"{number:04}", 60))
         await asyncio.sleep(61)
         found = cron.statistics()
-        assert len(found.outcomes_by_job) == MAX_JOBS + 1
+        check_sums(found)
+        assert len(found.outcomes_by_job) == len(found.lateness_p99_by_job) == MAX_JOBS + 1
         assert found.outcomes_by_job[OTHER_JOBS] == {("succeeded", ""): 5}
         assert found.outcomes == {("succeeded", ""): MAX_JOBS + 5}
+
+
+@virtual
+async def test_a_job_of_the_name_that_the_others_have_is_one_of_them() -> None:
+    async with cron_over() as cron:
+        await cron.register(a_job(OTHER_JOBS))
+        await asyncio.sleep(61)
+        assert cron.figures.of_job == {}
+        assert cron.statistics().fired_by_job == {OTHER_JOBS: 1}
+        await cron.unregister(OTHER_JOBS)
+        assert cron.statistics().fired == 1
+
+
+@virtual
+async def test_a_job_that_is_gone_gives_its_figures_back_and_none_is_lost() -> None:
+    async with cron_over(Target(seconds=7)) as cron:
+        for number in range(MAX_JOBS + 1):
+            await cron.register(a_job(f"{number:04}", 60))
+        await asyncio.sleep(70)
+        before = cron.statistics()
+        assert "0200" not in before.fired_by_job
+        await asyncio.sleep(53)
+        await cron.unregister("0000")  # in the middle of its second run
+        now = cron.statistics()
+        check_sums(now)
+        assert now.fired == 2 * (MAX_JOBS + 1)
+        assert now.outcomes == before.outcomes
+        assert (now.duration_p50, now.duration_p99) == (before.duration_p50, before.duration_p99)
+        assert "0000" not in now.outcomes_by_job.keys() | now.fired_by_job.keys() | now.duration_p99_by_job.keys()
+        assert now.fired_by_job[OTHER_JOBS] == 4
+        await asyncio.sleep(10)
+        after = cron.statistics()
+        check_sums(after)
+        assert after.outcomes == {("succeeded", ""): 2 * (MAX_JOBS + 1)}
+        assert "0000" not in after.outcomes_by_job
+        assert after.outcomes_by_job["0200"] == {("succeeded", ""): 1}  # which another has now
+        assert after.outcomes_by_job[OTHER_JOBS] == {("succeeded", ""): 3}
+
+
+@virtual
+async def test_the_last_runs_of_a_job_that_is_gone_are_no_reason_to_give_it_a_place_again() -> None:
+    async with cron_over(Target(seconds=7)) as cron:
+        await cron.register(a_job())
+        await asyncio.sleep(61)
+        await cron.unregister("job")
+        await asyncio.sleep(10)
+        assert cron.figures.of_job == {}
+        assert cron.statistics().outcomes_by_job == {OTHER_JOBS: {("succeeded", ""): 1}}
+
+
+def test_a_sum_is_the_same_whoever_has_its_parts() -> None:
+    """One that falls by a rounding error would be taken for a counter that has begun anew."""
+    figures = CronFigures(lambda job: True)
+    for number in range(100):
+        run = Run(job=f"{number}", nominal=0, state=RunState.SUCCEEDED, first=0, due=0, started=0, ended=number * 7 + 1)
+        figures.started(run, number * 13 + 1)
+        figures.ended(run)
+    seen = []
+    for number in range(0, 100, 3):
+        total = figures.total()
+        seen.append((total.lateness.total, total.lateness.counts, total.duration.total, total.duration.counts))
+        figures.give_back(f"{number}")
+    assert all(each == seen[0] for each in seen)
+
+
+def test_figures_for_another_thread_stay_as_they_are() -> None:
+    figures = CronFigures(lambda job: True)
+    run = Run(job="a", nominal=0, state=RunState.SUCCEEDED, first=0, due=0, started=0, ended=5)
+
+    def seen(figures: CronFigures) -> Any:
+        return [
+            (each.lateness.counts, each.duration.total, dict(each.outcomes))
+            for each in (*figures.of_job.values(), figures.others, figures.gone, figures.total())
+        ]
+
+    figures.ended(run)
+    copy = figures.copy()
+    before = seen(copy)
+    assert before == seen(figures)
+    figures.started(run, 10)
+    figures.ended(run)
+    figures.give_back("a")
+    assert seen(copy) == before
 
 
 @virtual
@@ -123,13 +237,39 @@ async def test_overdue_counts_jobs_whose_time_has_come() -> None:
     clock = WallClock()
     async with cron_over(clock=clock) as cron:
         await cron.register(a_job())
+        await cron.register(a_job("other", 3600))
         await asyncio.sleep(1)
-        assert cron.statistics().overdue == 0
+        assert (cron.statistics().overdue, cron.statistics().overdue_by_job) == (0, {})
         clock.step(61)
-        assert cron.statistics().overdue == 1
+        assert (cron.statistics().overdue, cron.statistics().overdue_by_job) == (1, {"job": 2.0})
         await asyncio.sleep(31)
-        assert cron.statistics().overdue == 0
+        assert (cron.statistics().overdue, cron.statistics().overdue_by_job) == (0, {})
         assert (cron.statistics().lateness_p50 or 0) > 25
+
+
+@virtual
+async def test_what_a_failing_store_keeps_from_being_decided_is_overdue_too() -> None:
+    broken = True
+    store = FaultyStore(fails=lambda name, number: "before" if name == "commit" and number > 2 and broken else None)
+    async with cron_over(store=store) as cron:
+        await cron.register(a_job())
+        await cron.register(a_job("spread", 60, firing=FiringPolicy(spread=30)))
+        await asyncio.sleep(100)
+        found = cron.statistics()
+        assert found.store_failing is not None
+        assert (found.overdue, found.overdue_by_job["job"]) == (2, 40.0)
+        assert 10 < found.overdue_by_job["spread"] < 40
+        broken = False
+        await asyncio.sleep(3)
+        assert cron.statistics().overdue == 0
+
+
+def test_jobs_that_are_overdue_and_have_no_place_share_one() -> None:
+    figures = CronFigures(lambda job: True)
+    for number in range(MAX_JOBS - 1):
+        figures.ended(Run(job=f"{number}", nominal=1, state=RunState.MISSED, first=1, due=1))
+    found = figures.by_place({"7": 3.0, "new": 1.0, "late": 2.0, "later": 5.0, "less": 4.0})
+    assert found == {"7": 3.0, "new": 1.0, OTHER_JOBS: 5.0}
 
 
 @virtual

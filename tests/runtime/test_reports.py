@@ -11,7 +11,7 @@ import pytest
 
 from kapsl_scheduler import BatchPolicy, Priority, QueuePolicy, Scheduler
 from kapsl_scheduler.errors import Unavailable
-from kapsl_scheduler.runtime.metrics import Histogram
+from kapsl_scheduler.runtime.metrics import BOUNDS, Durations, Histogram
 from kapsl_scheduler.testing import FakeAsyncEngine, FakeEngine, Fault, FaultPlan
 from tests.runtime.helpers import numbered, session_of, start, virtual_scheduler
 from tests.runtime.virtual import virtual
@@ -98,19 +98,40 @@ async def test_repr_says_what_statistics_say() -> None:
     ("percent", "expected"), [(50, 0.010), (90, 0.010), (99, 1.0), (100, 1.0)], ids=["p50", "p90", "p99", "p100"]
 )
 def test_a_percentile_is_right_to_within_a_bucket(percent: float, expected: float) -> None:
-    histogram = Histogram()
+    histogram, durations = Histogram(), Durations()
     histogram.extend([-0.010] * 95 + [-1.0] * 5, 0.0)
-    assert histogram.percentile(percent) == pytest.approx(expected, rel=0.2)
+    for microseconds in [10_000] * 95 + [1_000_000] * 5:
+        durations.add(microseconds)
+    assert histogram.percentile(percent) == durations.percentile(percent) == pytest.approx(expected, rel=0.2)
 
 
 def test_what_is_beyond_the_buckets_counts_as_the_last() -> None:
-    histogram = Histogram()
+    histogram, durations = Histogram(), Durations()
     histogram.extend([0.0], 1e6)
-    assert histogram.percentile(50) == pytest.approx(140, rel=0.25)
+    durations.add(1_000_000_000_000)
+    assert histogram.percentile(50) == durations.percentile(50) == pytest.approx(140, rel=0.25)
 
 
 def test_there_is_no_percentile_of_nothing() -> None:
     assert Histogram().percentile(50) is None
+    assert Durations().percentile(50) is None
+
+
+def test_whole_microseconds_are_sorted_as_seconds_are() -> None:
+    histogram, durations = Histogram(), Durations()
+    for bound in BOUNDS:
+        for microseconds in (int(bound * 1e6), int(bound * 1e6) + 1):
+            histogram.extend([0.0], microseconds / 1e6)
+            durations.add(microseconds)
+    assert durations.counts == histogram.counts
+    assert durations.total == pytest.approx(histogram.total)
+
+
+def test_less_than_nothing_counts_as_nothing() -> None:
+    durations = Durations()
+    durations.add(2_000_000)
+    durations.add(-5_000_000)
+    assert (durations.count, durations.counts[0], durations.total) == (2, 1, 2.0)
 
 
 # --------------------------------------------------------------------------------------------------- health

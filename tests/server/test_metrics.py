@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from kapsl_scheduler import CronJob
 from kapsl_scheduler.core.runs import Run, RunState
 from kapsl_scheduler.runtime.cron_metrics import MAX_JOBS, OTHER_JOBS
 from kapsl_scheduler.server.metrics import _bounded
 from tests.server.api import Server, serving, serving_jobs
-from tests.server.test_cron_http import ended, post, put
+from tests.server.test_cron_http import ended, path_of, post, put
 
 
 async def scraped(server: Server, accept: str = "") -> dict[str, Any]:
@@ -67,15 +69,80 @@ async def test_a_server_without_jobs_has_no_figures_of_them() -> None:
     assert list(families) == ["kapsl_build_info"]
 
 
+async def register(server: Server, *ids: str) -> None:
+    await server.cron.register_all(CronJob(id, "0 0 3 * * *", [[1.0, 2.0]], model="m") for id in ids)
+
+
+async def test_each_job_has_figures_of_its_own() -> None:
+    async with serving_jobs() as server:
+        await register(server, "a", "b")
+        for id in ("a", "b", "b"):
+            await ended(server, (await post(server, "/trigger", id=id)).json()["number"])
+        families = await scraped(server)
+
+    for name in ("lateness", "duration"):
+        family = families[f"kapsl_cron_job_{name}_seconds"]
+        assert family.type == "histogram"
+        counts = {s.labels["job"]: s.value for s in family.samples if s.name.endswith("_count")}
+        assert counts == {"a": 1, "b": 2, OTHER_JOBS: 0}
+        bounds = [s.labels["le"] for s in family.samples if s.name.endswith("_bucket") and s.labels["job"] == "b"]
+        assert bounds == ["0.00128", "0.01024", "0.08192", "0.65536", "5.24288", "41.94304", "+Inf"]
+        of_all = families[f"kapsl_cron_{name}_seconds"].samples
+        assert next(s.value for s in of_all if s.name.endswith("_count")) == 3
+    assert value(families, "kapsl_cron_ended", state="succeeded") == 3
+    overdue = families["kapsl_cron_job_overdue_seconds"].samples
+    assert {s.labels["job"]: s.value for s in overdue} == {"a": 0, "b": 0, OTHER_JOBS: 0}
+
+
+async def test_the_series_of_a_job_ends_with_it_and_no_counter_falls_or_jumps() -> None:
+    async with serving_jobs() as server:
+        await register(server, "a", "b")
+        for id in ("a", "a", "b"):
+            await ended(server, (await post(server, "/trigger", id=id)).json()["number"])
+        before = await scraped(server)
+        await server.client.delete(path_of("a"))
+        after = await scraped(server)
+
+    def counters(families: dict[str, Any]) -> dict[tuple[str, ...], float]:
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in families.values()
+            if family.type in ("counter", "histogram")
+            for sample in family.samples
+        }
+
+    old, new = counters(before), counters(after)
+    assert new == {key: number for key, number in old.items() if "a" not in key}
+    assert old["kapsl_cron_ended_total", "succeeded"] == 3
+    assert any("a" in key for key in old)
+
+
+async def test_a_job_that_is_late_says_for_how_long() -> None:
+    moved = 0.0
+    async with serving_jobs(clock=lambda: time.time_ns() // 1000 + round(moved * 1e6)) as server:
+        await server.cron.register(CronJob("often", 10.0, [[1.0, 2.0]], model="m"))
+        await server.cron.register(CronJob("rarely", 3600.0, [[1.0, 2.0]], model="m"))
+        moved = 70.0
+        families = await scraped(server)
+
+    assert value(families, "kapsl_cron_overdue") == 1
+    assert 59 < value(families, "kapsl_cron_job_overdue_seconds", job="often") < 65
+    assert {s.labels["job"] for s in families["kapsl_cron_job_overdue_seconds"].samples} == {"often", OTHER_JOBS}
+
+
 async def test_the_series_of_jobs_and_of_reasons_are_bounded() -> None:
     async with serving_jobs() as server:
-        for number in range(MAX_JOBS + 2):
-            server.cron.figures.ended(Run(job=f"job:{number}", nominal=1, state=RunState.MISSED, first=1, due=1))
+        ids = [f"job:{number}" for number in range(MAX_JOBS + 2)]
+        await register(server, *ids)
+        for id in ids:
+            server.cron.figures.ended(Run(job=id, nominal=1, state=RunState.MISSED, first=1, due=1))
         families = await scraped(server)
 
     samples = families["kapsl_cron_outcomes"].samples
     assert len(samples) == MAX_JOBS + 1
     assert value(families, "kapsl_cron_outcomes", job=OTHER_JOBS) == 2
+    assert len(families["kapsl_cron_job_overdue_seconds"].samples) == MAX_JOBS + 1
+    assert sum(len(family.samples) for family in families.values()) < 20 * (MAX_JOBS + 1) + 100
 
     counts = Counter({("failed", f"reason {number}"): 1 for number in range(60)})
     bounded = _bounded(counts)

@@ -66,11 +66,6 @@ class Alarm:
             heapq.heapify(self._heap)
             self._void = 0
 
-    def overdue(self) -> int:
-        """How many jobs are due now and have not been given."""
-        now = self._wall()
-        return sum(due <= now and entry.place == place for due, place, entry in self._heap)
-
     def _arm(self, loop: asyncio.AbstractEventLoop, now: int) -> None:
         while self._heap and self._heap[0][2].place != self._heap[0][1]:
             heapq.heappop(self._heap)

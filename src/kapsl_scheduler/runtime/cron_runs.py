@@ -60,7 +60,7 @@ class Runs:
         self.wall = wall
         self.target = target
         self.strangers = Strangers()
-        self.figures = CronFigures()
+        self.figures = CronFigures(ledger.entries.__contains__)
         self.ended_since_pruned = 0
         self.history_grows = asyncio.Event()
         self._ledger = ledger

@@ -423,22 +423,27 @@ class CronScheduler:
 
     def statistics(self) -> CronStatistics:
         """The figures of this process."""
-        figures = self._runs.figures
         failing = self._ledger.failing
-        return CronStatistics(
+        return self._runs.figures.statistics(
             jobs=len(self._ledger.entries),
             running=self._runs.running,
             waiting=self._runs.waiting,
-            overdue=self._alarm.overdue(),
-            fired=figures.fired,
-            outcomes=figures.outcomes(),
-            outcomes_by_job={job: dict(counter) for job, counter in figures.by_job.items()},
-            lateness_p50=figures.lateness.percentile(50),
-            lateness_p99=figures.lateness.percentile(99),
-            duration_p50=figures.duration.percentile(50),
-            duration_p99=figures.duration.percentile(99),
+            overdue=self._overdue(),
             store_failing=None if failing is None else str(failing),
         )
+
+    def _overdue(self) -> dict[str, float]:
+        """The jobs whose time has come and whose firing has not been decided, and by how many seconds they are late:
+        also those whose firing waits for a store that fails."""
+        now = self._wall()
+        return {
+            entry.id: (now - due) / 1e6
+            for entry in self._ledger.entries.values()
+            if entry.next is not None
+            and entry.next <= now
+            and entry.timetable is not None
+            and (due := entry.timetable.due(entry.next)) <= now
+        }
 
     async def compact(self) -> None:
         """Hold the history to its bounds now, and give back what the store has freed. Raises `StoreError`."""
@@ -467,6 +472,7 @@ class CronScheduler:
 
     def _gone(self, entry: Entry) -> None:
         self._catalogue.gone(entry)
+        self._runs.figures.give_back(entry.id)
 
     def _service_ended(self, task: asyncio.Task[None]) -> None:
         """One of our own mistakes: nobody is to wait for what does not come."""

@@ -5,8 +5,10 @@ What is not here: how they are exposed (Prometheus and the like belong to the se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -14,9 +16,11 @@ import numpy as np
 from kapsl_scheduler.types import Priority
 
 __all__ = [
+    "BOUNDS",
     "Books",
     "ClassBooks",
     "ClassStatistics",
+    "Durations",
     "EngineHealth",
     "Histogram",
     "SchedulerHealth",
@@ -60,14 +64,6 @@ class Histogram:
                 self._kept = self._sorted()
                 self._fresh_count = 0
 
-    def add(self, seconds: float) -> None:
-        """Add one duration."""
-        self._kept.fresh.append(([-seconds], 0.0))
-        self._fresh_count += 1
-        if self._fresh_count >= _BULK:
-            self._kept = self._sorted()
-            self._fresh_count = 0
-
     @property
     def counts(self) -> list[int]:
         return [int(count) for count in self._sorted().counts]
@@ -91,17 +87,68 @@ class Histogram:
 
     def percentile(self, percent: float) -> float | None:
         """Seconds below which `percent` of the values lie, to within a bucket; None without values."""
-        rank = self.count * percent / 100
-        if not rank:
-            return None
-        seen = 0
-        for index, count in enumerate(self.counts):
-            if count and seen + count >= rank:
-                high = BOUNDS[min(index, len(BOUNDS) - 1)]
-                low = BOUNDS[index - 1] if 0 < index < len(BOUNDS) else (0.0 if index == 0 else high)
-                return low + (high - low) * (rank - seen) / count
-            seen += count
+        return _percentile(self.counts, percent)
+
+
+_BOUNDS_US: Final = tuple(int(bound * 1e6) for bound in BOUNDS)  # rounding down changes nothing for whole numbers
+
+
+class Durations:
+    """The same counts and total for durations in whole microseconds that come one at a time, and where there are many
+    of these: each is sorted into its bucket as it comes, so that there is nothing else to keep. Written and read by one
+    thread."""
+
+    __slots__ = ("_microseconds", "counts")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS) + 1)
+        # Whole numbers give one sum in whatever order they are added: one that falls by a rounding error when some of
+        # them move elsewhere would be taken for a counter that has begun anew.
+        self._microseconds = 0
+
+    @classmethod
+    def sum_of(cls, several: Iterable[Durations]) -> Self:
+        """All of them in one."""
+        several = list(several)
+        total = cls()
+        total.counts = list(map(sum, zip(total.counts, *(each.counts for each in several), strict=True)))
+        total._microseconds = sum(each._microseconds for each in several)
+        return total
+
+    def copy(self) -> Durations:
+        copy = Durations()
+        copy.counts, copy._microseconds = self.counts[:], self._microseconds
+        return copy
+
+    def add(self, microseconds: int) -> None:
+        """Add one. Less than nothing, as when a clock was set back, counts as nothing."""
+        self.counts[bisect_left(_BOUNDS_US, microseconds)] += 1
+        if microseconds > 0:
+            self._microseconds += microseconds
+
+    @property
+    def total(self) -> float:
+        return self._microseconds / 1e6
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def percentile(self, percent: float) -> float | None:
+        """Seconds below which `percent` of the values lie, to within a bucket; None without values."""
+        return _percentile(self.counts, percent)
+
+
+def _percentile(counts: Sequence[int], percent: float) -> float | None:
+    behind = list(accumulate(counts))
+    rank = behind[-1] * percent / 100
+    if not rank:
+        return None
+    index = bisect_left(behind, rank)
+    if index == len(BOUNDS):
         return BOUNDS[-1]
+    low = BOUNDS[index - 1] if index else 0.0
+    return low + (BOUNDS[index] - low) * (1 - (behind[index] - rank) / counts[index])
 
 
 class ClassBooks:

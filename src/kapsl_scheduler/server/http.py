@@ -239,7 +239,7 @@ class HttpApi:
         return json_response({})
 
     async def _figures(self, request: Request) -> Response:
-        text, kind = self._metrics.render(request.headers.get("accept", ""))
+        text, kind = await self._metrics.render(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": kind})
 
     async def _model(self, request: Request) -> Response:

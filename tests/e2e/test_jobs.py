@@ -253,6 +253,7 @@ async def test_commands_say_what_is_wrong(tmp_path: Path) -> None:
             (("add", "a", "--every", "5", "--schedule", "@daily"), None, 2, "both came"),
             (("add", "a"), None, 2, "needs --schedule or --every"),
             (("add", file), None, 1, "job 0: expected an object with an id"),
+            (("preview", "a", "-n", "0"), None, 2, "'-n': 0 is not in the range 1<=x<=1000"),
             (("backfill", "a", "yesterday", "today"), None, 2, "'yesterday' is no moment"),
             (("backfill", "a", "2026-01-01", "2026-01-02"), None, 2, "has no zone"),
         ):

@@ -484,7 +484,32 @@ async def test_preview_says_when_a_job_is_due_next() -> None:
         await asyncio.sleep(61)
         await cron.pause("job")
         assert cron.preview("job", 1) == [at(120)]
-        assert cron.preview("job", 0) == []
+
+
+@virtual
+async def test_preview_ends_with_the_last_run_that_the_job_has_left() -> None:
+    async with cron_over() as cron:
+        await cron.register(a_job(firing=FiringPolicy(max_runs=3)))
+        assert cron.preview("job") == [at(60), at(120), at(180)]
+        await asyncio.sleep(61)
+        await cron.trigger("job")  # not the schedule's
+        assert cron.preview("job", 1) == [at(120)]
+        assert cron.preview("job") == [at(120), at(180)]
+        await asyncio.sleep(120)
+        assert cron.preview("job") == []
+        await cron.update(a_job(firing=FiringPolicy(max_runs=2)))  # fewer than it had
+        assert cron.preview("job") == []
+
+
+@pytest.mark.parametrize("n", [0, -1, 1001, True, 2.0, "3"])
+@virtual
+async def test_a_preview_has_from_one_to_a_thousand_times(n: Any) -> None:
+    async with cron_over() as cron:
+        await cron.register(a_job())
+        assert len(cron.preview("job", 1000)) == 1000
+        with pytest.raises(InvalidJob) as caught:
+            cron.preview("job", n)
+        assert caught.value.faults == (f"n: expected an integer from 1 to 1000, got {n!r}",)
 
 
 @virtual

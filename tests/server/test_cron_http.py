@@ -104,6 +104,16 @@ async def test_an_id_of_any_characters_survives_every_route(id: str) -> None:
         assert (await server.client.delete(path_of(id))).status_code == 200
 
 
+async def test_a_preview_ends_with_the_last_run_that_the_job_has_left() -> None:
+    async with serving_jobs() as server:
+        await put(server, firing={"max_runs": 2})
+        times = (await server.client.get(path_of("p:night", "/preview"))).json()["next"]
+        many = (await server.client.get(path_of("p:night", "/preview?n=1000"))).json()["next"]
+
+    assert len(times) == 2
+    assert many == times
+
+
 async def test_jobs_are_listed_page_by_page() -> None:
     ids = [f"job:{number}" for number in range(5)]
     async with serving_jobs() as server:
@@ -231,7 +241,8 @@ async def test_what_is_no_route_says_so(method: str, path: str, status: int) -> 
         ("/v2/cron/jobs?limit=1001", "limit: "),
         ("/v2/cron/jobs?offset=1", "no query parameter 'offset', expected one of limit, after"),
         ("/v2/cron/jobs/a?x=1", "no query parameter 'x', expected none"),
-        ("/v2/cron/jobs/a/preview?n=-1", "n: "),
+        ("/v2/cron/jobs/a/preview?n=0", "n: expected an integer from 1 to 1000, got '0'"),
+        ("/v2/cron/jobs/a/preview?n=1001", "n: expected an integer from 1 to 1000, got '1001'"),
         ("/v2/cron/runs?limit=x", "limit: "),
         ("/v2/cron/runs?before=1e3", "before: "),
         ("/v2/cron/runs?state=done", "state: expected one of pending, running, "),

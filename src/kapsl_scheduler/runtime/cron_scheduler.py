@@ -42,6 +42,8 @@ DRAIN: Final = 10.0
 """Seconds that `async with` gives runs to end when it is left."""
 LAST_WRITES: Final = 5.0
 """Seconds that closing gives a store that fails to take what is left."""
+MAX_PREVIEW: Final = 1000
+"""Occurrences that a preview may have."""
 
 
 def _system_wall() -> int:
@@ -336,8 +338,13 @@ class CronScheduler:
         return found[0] if found else None
 
     def preview(self, id: str, n: int = 5) -> list[dt.datetime]:
-        """When the job is due next, at most `n` times: as scheduled, whether or not it is paused. Raises `NotFound`."""
+        """When the job is due next, as scheduled, whether or not it is paused: at most `n` times, and no more than its
+        `max_runs` leaves. Raises `NotFound`, and `InvalidJob` where `n` is not from 1 to 1,000."""
         entry = self._catalogue.entry(id)
+        if type(n) is not int or not 1 <= n <= MAX_PREVIEW:
+            raise InvalidJob([f"n: expected an integer from 1 to {MAX_PREVIEW}, got {n!r}"], id)
+        if entry.job is not None and (most := entry.job.firing.max_runs) is not None:
+            n = min(n, most - entry.state.scheduled)
         timetable = entry.timetable
         found: list[dt.datetime] = []
         last = max(entry.state.cursor, self._wall())

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import math
+import operator
 import re
 import resource
 import signal
@@ -55,6 +57,7 @@ _log = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _NAMED_PATH: Final = re.compile(r"([\w.-]+)=(.+)")
+_CALLABLE: Final = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 # Longer than clients keep a connection idle, so that it is they who close it and never we, under a request.
 _KEEP_ALIVE: Final = 75
 # What a connection may still take, after the drain has failed all requests, to be told so.
@@ -92,16 +95,16 @@ async def serve(config: Config, models: Sequence[str], *, announce: Callable[[Li
 
     `models` are paths of packages or model files, `NAME=PATH` to choose a name. `announce` is called once, when
     the server answers. Raises `ModelLoadError`, also for what is wrong with the jobs of a package, `ConfigError` for a
-    configured model that is not there and for a store of the jobs that cannot be opened, `StoreError` for one that
-    fails later, and `OSError` for an address that cannot be had.
+    configured model or a function of jobs that is not there and for a store of the jobs that cannot be opened,
+    `StoreError` for one that fails later, and `OSError` for an address that cannot be had.
     """
+    jobs = _Jobs(config)  # before signals are handled: what it imports may take a while
     _allow_files(config.server.max_in_flight + _OTHER_FILES)
     with (
         _first_signal() as stop,
         tempfile.TemporaryDirectory(prefix="kapsl-") as workdir,
         _listen(config.server.host, config.server.port) as listener,
     ):
-        jobs = _Jobs(config)
         async with (
             ModelRegistry(_start, placed=jobs.start) as registry,
             jobs.over(registry) as cron,
@@ -302,10 +305,11 @@ class _Targets:
 
 class _Jobs:
     """The jobs of the models: started when their package is loaded, removed when it is taken out of service. They stay
-    in the store when the server ends."""
+    in the store when the server ends. Raises `ConfigError` for functions that jobs may name and that are not there."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._callables = _imported(config.cron.callables) if config.cron.enabled else {}
         self._cron: CronScheduler | None = None
 
     @contextlib.asynccontextmanager
@@ -325,6 +329,8 @@ class _Jobs:
             history_keep=settings.history_keep,
             history_max_age=settings.history_max_age,
         )
+        for name, function in self._callables.items():
+            cron.bind(name, function)
         try:
             await cron.__aenter__()
         except StoreError as error:
@@ -379,6 +385,43 @@ def _store(config: Config) -> JobStore:
     except OSError:
         pass  # the store says what is wrong with it
     return SqliteStore(config.state_directory / "cron.db")
+
+
+def _imported(callables: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+    """The functions that jobs may name. Raises `ConfigError` with what is wrong with each."""
+    found: dict[str, Callable[..., Any]] = {}
+    faults: list[str] = []
+    for name, text in callables.items():
+        try:
+            if not name.strip():
+                raise ValueError("expected a name that jobs can give, got a blank one")
+            found[name] = _import(text)
+        except ValueError as error:
+            faults.append(f"cron.callables.{name}: {error}")
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def _import(text: str) -> Callable[..., Any]:
+    """What `module:function` stands for. Raises `ValueError`."""
+    if _CALLABLE.fullmatch(text) is None:
+        raise ValueError(f"expected module:function, got {text!r}")
+    module, _, path = text.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # it runs, and may raise anything
+        raise ValueError(
+            f"expected a module that can be imported, got {module!r}: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        found = operator.attrgetter(path)(found)
+    except Exception as error:
+        raise ValueError(f"expected a name in module {module!r}, got {path!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"expected a function, got {text!r}, which is of type {type(found).__name__}")
+    function: Callable[..., Any] = found
+    return function
 
 
 _ADAPTERS: Final[Mapping[str, Any]] = {

@@ -28,7 +28,7 @@ from kapsl_scheduler.cli_frame import (
     url_option,
 )
 from kapsl_scheduler.cli_jobs import explain, jobs
-from kapsl_scheduler.config import CRON_PREFIX, CronSettings, ModelSettings, ServerSettings, load_config
+from kapsl_scheduler.config import CRON_PREFIX, CronSettings, ModelSettings, ServerSettings, load_config, options
 from kapsl_scheduler.types import InferenceRequest, Priority, dtype_name
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         (CRON_PREFIX, CronSettings),
         ("", ModelSettings),
     )
-    fields = [(prefix + field.name, field) for prefix, kind in sections for field in msgspec.structs.fields(kind)]
+    fields = [(prefix + field.name, field) for prefix, kind in sections for field in options(kind)]
     for key, field in reversed(fields):
         flags = ["--" + key.replace("_", "-"), *_SHORT_FLAGS.get(key, ())]
         shown = getattr(field.default, "value", field.default)
@@ -119,7 +119,8 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def serve(models: tuple[str, ...], file: Path | None, **flags: Any) -> None:
     """Serve models: .aimod packages, .onnx files or unpacked packages.
 
-    Settings come from flags, then KAPSL_... variables, then the file, then the defaults.
+    Settings come from flags, then KAPSL_... variables, then the file, then the defaults. Functions for jobs are in the
+    file only: [cron.callables].
     """
     from kapsl_scheduler import app
 

@@ -4,7 +4,7 @@ What is not here: what the settings are used for (`app`) and the options' help t
 
 A file is TOML: `[server]`, `[cron]`, `[model]` for every model, `[models.NAME]` for one. The environment has the same
 keys as `KAPSL_<KEY>`, those of `[cron]` as `KAPSL_CRON_<KEY>`; a flag or a variable that sets a key of `[model]` sets
-it for every model.
+it for every model. Tables within these (`[cron.callables]`) are in the file only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from kapsl_scheduler.core.batch import BatchPolicy
 from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
 from kapsl_scheduler.types import Priority
 
-__all__ = ["CRON_PREFIX", "Config", "ConfigError", "CronSettings", "ModelSettings", "ServerSettings", "load_config"]
+__all__ = [
+    "CRON_PREFIX",
+    "Config",
+    "ConfigError",
+    "CronSettings",
+    "ModelSettings",
+    "ServerSettings",
+    "load_config",
+    "options",
+]
 
 _PREFIX: Final = "KAPSL_"
 _FILE_VARIABLE: Final = "KAPSL_CONFIG"
@@ -58,7 +67,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
 class CronSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The jobs. `store` is where they and their history are kept: the path of an SQLite file, `memory`, or None for a
     file in the state directory. Of each job the last `history_keep` runs are kept, for up to `history_max_age`
-    seconds. `allow_latency_critical` lets jobs run in the class of live requests."""
+    seconds. `allow_latency_critical` lets jobs run in the class of live requests. `callables` are the functions that
+    jobs may name, as `module:function`."""
 
     enabled: bool = True
     store: Annotated[str, msgspec.Meta(min_length=1)] | None = None
@@ -66,6 +76,7 @@ class CronSettings(msgspec.Struct, frozen=True, kw_only=True):
     history_keep: _Count = 1000
     history_max_age: Annotated[float, msgspec.Meta(gt=0)] = 30 * 86_400.0
     max_concurrent_runs: _Count = 256
+    callables: dict[str, str] = {}
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,6 +201,11 @@ def unknown_key(where: str, key: str, valid: Iterable[str]) -> str:
     return f"{where}: there is no key {key!r}{hint}"
 
 
+def options(settings: type[msgspec.Struct]) -> list[msgspec.structs.FieldInfo]:
+    """The settings that flags and variables may give: all but tables."""
+    return [field for field in msgspec.structs.fields(settings) if get_origin(field.type) is not dict]
+
+
 # ----------------------------------------------------------------------------------------------- sources
 
 
@@ -209,7 +225,7 @@ def _only(layer: _Layer, settings: type[msgspec.Struct], prefix: str = "") -> _L
 
 
 def _from_environment(environment: Mapping[str, str], faults: list[str]) -> _Layer:
-    of_cron = [CRON_PREFIX + key for key in _keys(CronSettings)]
+    of_cron = [CRON_PREFIX + field.name for field in options(CronSettings)]
     valid = {_PREFIX + key.upper(): key for key in (*_keys(ServerSettings), *of_cron, *_keys(ModelSettings))}
     layer = {}
     for variable, value in environment.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -168,6 +169,59 @@ async def test_a_damaged_store_ends_the_start_and_no_cron_serves_without(tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------- commands
+
+
+FEEDS = """
+import json
+
+def latest(firing):
+    return [[[float(number)] * 64] for number in range(3)]
+
+def always(firing):
+    return True
+
+def tell(job, result):
+    with open("OUTPUT", "a") as file:
+        print(job, json.dumps([answer.output.argmax(axis=1).tolist() for answer in result]), file=file)
+
+def keep(items):
+    with open("OUTPUT", "a") as file:
+        print(*[item.key for item in items], file=file)
+"""
+
+
+async def test_jobs_name_functions_of_the_servers_own_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, file, modules = tmp_path / "output", tmp_path / "server.toml", tmp_path / "modules"
+    modules.mkdir()
+    (modules / "feeds_of_a_server.py").write_text(FEEDS.replace("OUTPUT", str(output)))
+    table = "".join(f"{name} = 'feeds_of_a_server:{name}'\n" for name in ("latest", "always", "tell", "keep"))
+    file.write_text(f"[cron.callables]\n{table}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(modules), os.environ.get("PYTHONPATH")))))
+    definition = {"id": "a", "schedule": "0 0 3 * * *", "callable": "latest", "condition": "always"}
+
+    async def scored(client: Client, id: str) -> str:
+        number = (await client.trigger_job(id))["number"]
+        await until(in_state(client, number, "succeeded"))
+        text = output.read_text()
+        output.unlink()
+        return text
+
+    async with serving(DIGITS, "--config", file) as server, Client(server.url) as client:
+        await client.put_job("a", json.dumps(definition | {"on_result": "tell"}).encode())
+        assert (await scored(client, "a")).startswith("a [[")
+        with pytest.raises(InvalidJob, match="condition: nothing is bound as 'sometimes'"):
+            await client.put_job("a", json.dumps(definition | {"condition": "sometimes"}).encode())
+    async with serving(DIGITS, "--config", file) as server, Client(server.url) as client:
+        assert (await scored(client, "a")).startswith("a [[")  # it is bound again
+        await client.put_job("a", json.dumps(definition | {"sink": {"callable": "keep"}}).encode())
+        assert await scored(client, "a") == "0 1 2\n"
+
+    file.write_text("[cron.callables]\nlatest = 'feeds_of_a_server:last'\n")
+    code, _, said = await run("serve", DIGITS, "--port", "0", "--config", file)
+    assert code == 2
+    assert "cron.callables.latest: expected a name in module 'feeds_of_a_server', got 'last'" in said
 
 
 class Commands:

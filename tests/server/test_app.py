@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from kapsl_scheduler import app
 from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSettings
-from kapsl_scheduler.core.jobs import CronJob
+from kapsl_scheduler.core.jobs import CronJob, Named
 from kapsl_scheduler.core.wire import encode_tensor
 from kapsl_scheduler.demo.run import PACKAGE
 from kapsl_scheduler.errors import (
@@ -184,6 +185,83 @@ def test_jobs_are_kept_where_the_configuration_says(tmp_path: Path) -> None:
     assert not state.exists()
     assert repr(app._store(Config(state_directory=state))) == f"SqliteStore({str(state / 'cron.db')!r})"
     assert state.is_dir()
+
+
+FEEDS = """
+class Feed:
+    @staticmethod
+    def ask(firing): ...
+
+def latest(firing): ...
+
+TABLE = {}
+"""
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "feeds_of_a_test.py").write_text(FEEDS)
+    (tmp_path / "broken_feeds_of_a_test.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_feeds_of_a_test.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.endswith("feeds_of_a_test")]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("modules")
+async def test_functions_that_jobs_may_name_are_there_from_the_start(tmp_path: Path) -> None:
+    named = {"latest": "feeds_of_a_test:latest", "ask": "feeds_of_a_test:Feed.ask"}
+    settings = CronSettings(store=str(tmp_path / "jobs.db"), callables=named)
+    job = CronJob(
+        "a", 3600, Named("latest"), condition=Named("ask"), on_result=Named("ask"), sink=Named("latest"), model="digits"
+    )
+    async with loaded(tmp_path, settings) as (_, _, models):
+        cron = models._jobs._cron
+        assert cron is not None
+        await cron.register(job)
+    async with loaded(tmp_path, settings) as (_, _, models):
+        stored = jobs_of(models)["a"]
+        assert [value.__qualname__ for value in (stored.request, stored.condition, stored.on_result, stored.sink)] == [
+            *("latest", "Feed.ask", "Feed.ask", "latest")
+        ]
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("feeds_of_a_test", "expected module:function, got 'feeds_of_a_test'"),
+        ("feeds of a test:latest", "expected module:function, got 'feeds of a test:latest'"),
+        (
+            "no_feeds_of_a_test:latest",
+            "expected a module that can be imported, got 'no_feeds_of_a_test': "
+            "ModuleNotFoundError: No module named 'no_feeds_of_a_test'",
+        ),
+        (
+            "broken_feeds_of_a_test:latest",
+            "expected a module that can be imported, got 'broken_feeds_of_a_test': ZeroDivisionError: division by zero",
+        ),
+        (
+            "leaving_feeds_of_a_test:latest",
+            "expected a module that can be imported, got 'leaving_feeds_of_a_test': SystemExit: 3",
+        ),
+        (
+            "feeds_of_a_test:Feed.tell",
+            "expected a name in module 'feeds_of_a_test', got 'Feed.tell': type object 'Feed' has no attribute 'tell'",
+        ),
+        ("feeds_of_a_test:TABLE", "expected a function, got 'feeds_of_a_test:TABLE', which is of type dict"),
+    ],
+)
+def test_functions_that_are_not_there_are_faults_of_the_configuration(text: str, said: str) -> None:
+    table = {"wrong": text, "right": "feeds_of_a_test:latest", " ": "feeds_of_a_test:latest"}
+    with pytest.raises(ConfigError) as caught:
+        app._Jobs(Config(cron=CronSettings(callables=table)))
+    assert caught.value.faults == (
+        f"cron.callables.wrong: {said}",
+        "cron.callables. : expected a name that jobs can give, got a blank one",
+    )
+    app._Jobs(Config(cron=CronSettings(callables=table, enabled=False)))
 
 
 async def test_a_model_is_replaced_by_what_its_path_holds_now(tmp_path: Path) -> None:

@@ -186,6 +186,25 @@ def test_faults_of_the_jobs_settings_say_where_they_stand(file: Path) -> None:
     assert any("the nearest valid key is 'store'" in fault for fault in faults)
 
 
+def test_functions_for_jobs_are_in_the_file_only(file: Path) -> None:
+    file.write_text("[cron.callables]\nlatest = 'feeds:latest'\n'my feeds:ask' = 'feeds:Feed.ask'\n")
+
+    config = load_config(flags={}, environment={}, file=file)
+    faults = faults_of({}, {"KAPSL_CRON_CALLABLES": "{}"}, file)
+
+    assert config.cron.callables == {"latest": "feeds:latest", "my feeds:ask": "feeds:Feed.ask"}
+    assert faults[0].startswith("environment: there is no key 'KAPSL_CRON_CALLABLES'")
+
+
+@pytest.mark.parametrize("table", ["callables = 'feeds:latest'", "callables = {latest = 5}"])
+def test_functions_for_jobs_are_a_table_of_texts(file: Path, table: str) -> None:
+    file.write_text(f"[cron]\n{table}\n")
+
+    (fault,) = faults_of({}, {}, file)
+
+    assert fault.startswith(f"{file}: cron.callables: Expected `")
+
+
 @pytest.mark.parametrize(
     ("environment", "folder"),
     [

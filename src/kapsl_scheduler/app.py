@@ -22,9 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
-import msgspec
 import uvicorn
 
+from kapsl_scheduler.adapters import builtin_adapters
 from kapsl_scheduler.config import Config, ConfigError, ModelSettings, unknown_key
 from kapsl_scheduler.engines.onnx import OnnxEngine, usable_providers
 from kapsl_scheduler.errors import (
@@ -46,8 +46,6 @@ from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
 from kapsl_scheduler.server.connection import Connection
 from kapsl_scheduler.server.cron import misfit
 from kapsl_scheduler.server.http import HttpApi
-from kapsl_scheduler.sinks import JsonLinesSink, ParquetSink, WebhookSink
-from kapsl_scheduler.sources import FolderSource
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.stores.sqlite import SqliteStore
 
@@ -324,7 +322,7 @@ class _Jobs:
             _Targets(registry),
             store=_store(self._config),
             allow_latency_critical=settings.allow_latency_critical,
-            adapters=_adapters,
+            adapters=builtin_adapters,
             max_concurrent_runs=settings.max_concurrent_runs,
             history_keep=settings.history_keep,
             history_max_age=settings.history_max_age,
@@ -422,17 +420,6 @@ def _import(text: str) -> Callable[..., Any]:
         raise ValueError(f"expected a function, got {text!r}, which is of type {type(found).__name__}")
     function: Callable[..., Any] = found
     return function
-
-
-_ADAPTERS: Final[Mapping[str, Any]] = {
-    "source": FolderSource,
-    "sink": JsonLinesSink | ParquetSink | WebhookSink,
-}
-
-
-def _adapters(kind: str, settings: Mapping[str, Any]) -> Any:
-    """The source or the sink that a stored job describes. Raises `ValueError` for settings of none of them."""
-    return msgspec.convert(settings, _ADAPTERS[kind])
 
 
 # ---------------------------------------------------------------------------------------------- the server

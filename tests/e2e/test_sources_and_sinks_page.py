@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kapsl_scheduler import CronJob, Scheduler
+from kapsl_scheduler.adapters import builtin_adapters
+from kapsl_scheduler.engines import CallableEngine
 from kapsl_scheduler.sinks import JsonLinesSink, ParquetSink, WebhookSink
 from kapsl_scheduler.sources import FolderSource
 from tests.sinks.answers import answers, firing, receiver
@@ -27,10 +30,34 @@ def run(code: str) -> dict[str, Any]:
 
 
 def test_every_definition_can_be_read() -> None:
-    kinds = [
-        type(msgspec.json.decode(text, type=FolderSource | JsonLinesSink | ParquetSink | WebhookSink)) for text in JSON
-    ]
-    assert kinds == [FolderSource, JsonLinesSink, ParquetSink, WebhookSink]
+    source, *sinks = [msgspec.json.decode(text) for text in JSON]
+    assert type(builtin_adapters("source", source)) is FolderSource
+    assert [type(builtin_adapters("sink", sink)) for sink in sinks] == [JsonLinesSink, ParquetSink, WebhookSink]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("source", {"type": "moon"}), ("sink", {"type": "folder", "path": "x"}), ("sink", {"type": "jsonl"})],
+)
+def test_what_is_none_of_them_is_refused(kind: str, settings: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"\$|missing"):
+        builtin_adapters(kind, settings)
+
+
+async def test_a_stored_job_scores_its_folder_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inbox").mkdir()
+    np.save(tmp_path / "inbox" / "one.npy", np.ones((3, 2), np.float32))
+    jobs_of = run(PYTHON[2])["jobs_of"]
+    job = CronJob("score", "@daily", FolderSource(path="inbox"), sink=JsonLinesSink("out.jsonl"))
+    async with Scheduler([CallableEngine(lambda x: x * 2)]) as scheduler:
+        async with jobs_of(scheduler) as cron:
+            await cron.register(job)
+        async with jobs_of(scheduler) as cron:  # nothing is registered again
+            (info,) = await cron.list_jobs()
+            assert info.waiting_for is None
+            await cron.trigger("score")
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 3
 
 
 def test_the_first_snippet_reads_images_and_writes_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,6 @@ from kapsl_scheduler.errors import (
 )
 from kapsl_scheduler.packages import build_package, load_package
 from kapsl_scheduler.runtime.registry import ModelRegistry
-from kapsl_scheduler.sinks import JsonLinesSink
-from kapsl_scheduler.sources import FolderSource
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.types import Priority
 from tests.e2e.process import DIGITS
@@ -412,13 +410,3 @@ def test_the_limit_on_open_files_is_raised_as_far_as_it_may_and_never_lowered(li
     for wanted, got in [(300, 300), (250, 300), *([(hard + 1, hard)] if hard > 0 else [])]:
         app._allow_files(wanted)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (got, hard)
-
-
-def test_sources_and_sinks_are_made_of_their_settings(tmp_path: Path) -> None:
-    source = app._adapters("source", {"type": "folder", "path": str(tmp_path)})
-    sink = app._adapters("sink", {"type": "jsonl", "path": str(tmp_path / "out.jsonl")})
-
-    assert (type(source), type(sink)) == (FolderSource, JsonLinesSink)
-    for kind, settings in (("source", {"type": "moon"}), ("sink", {"type": "folder"}), ("sink", {"type": "jsonl"})):
-        with pytest.raises(ValueError, match=r"\$|missing"):
-            app._adapters(kind, settings)

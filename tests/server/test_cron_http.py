@@ -161,7 +161,13 @@ async def test_a_lone_model_needs_no_name_and_several_do() -> None:
             ["expected exactly one of input, value, inputs, callable, source, got inputs and callable"],
         ),
         ({"inputs": None, "callable": "f"}, ["request: nothing is bound as 'f'"]),
-        ({"inputs": None, "source": {"type": "moon"}}, ["source: no source of type 'moon' is known here"]),
+        (
+            {"inputs": None, "source": {"type": "moon"}},
+            [
+                "source: no source of type 'moon' is known here; "
+                "adapters=builtin_adapters makes those that come with kapsl_scheduler"
+            ],
+        ),
         ({"colour": "blue"}, ["Object contains unknown field `colour`"]),
         ({"firing": {"overlap": "never"}}, ["Invalid enum value 'never' - at `$.firing.overlap`"]),
         (

@@ -114,4 +114,5 @@ def _lacks_nothing(model: str) -> str | None:
 
 
 def _no_adapters(kind: str, settings: Any) -> Any:
-    raise ValueError(f"no {kind} of type {settings.get('type')!r} is known here")
+    here = "known here; adapters=builtin_adapters makes those that come with kapsl_scheduler"
+    raise ValueError(f"no {kind} of type {settings.get('type')!r} is {here}")

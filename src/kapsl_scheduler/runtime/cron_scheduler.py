@@ -57,10 +57,11 @@ class CronScheduler:
 
     `store` keeps jobs and history (None: in memory); it is opened and closed with the scheduler. `clock` gives
     microseconds since 1970 UTC. `allow_latency_critical` lets jobs run in the first class, before which live requests
-    have no precedence. `adapters` makes the sources and sinks of stored jobs (`kapsl_scheduler.sources`,
-    `kapsl_scheduler.sinks`). At most `max_concurrent_runs` runs go on at a time, the others wait their turn. Of each
-    job the last `history_keep` runs are kept, for up to `history_max_age` seconds. Where several processes share a
-    store, one that gives no sign of life for `lease` seconds is taken for dead.
+    have no precedence. `adapters` makes the sources and sinks of stored jobs anew, which wait without it:
+    `kapsl_scheduler.adapters.builtin_adapters` makes those of this package. At most `max_concurrent_runs` runs go on at
+    a time, the others wait their turn. Of each job the last `history_keep` runs are kept, for up to `history_max_age`
+    seconds. Where several processes share a store, one that gives no sign of life for `lease` seconds is taken for
+    dead.
 
     Use it with `async with`, inside that of its target: leaving it stops firing, lets runs end for ten seconds and
     cancels the rest. All calls belong to the event loop that entered it, and raise `CronError` before and after.

@@ -147,7 +147,7 @@ class ReplicaScheduler(Protocol):
 
 
 class CronTarget(Protocol):
-    """What jobs fire into: a `Scheduler`, a `ReplicaPool`, a named model of a server."""
+    """What jobs fire into: a `Scheduler`, a named model of a server, or anything else that answers so."""
 
     async def infer(
         self,

@@ -51,7 +51,7 @@ def _system_wall() -> int:
 
 
 class CronScheduler:
-    """Fires inference jobs into a target: a `Scheduler`, a `ReplicaPool`, or whatever has their `infer`; or into
+    """Fires inference jobs into a target: a `Scheduler`, or whatever has its `infer` (`ports.CronTarget`); or into
     several models, by something whose `target(model)` gives such a one for a name. It raises an `EngineError` for a
     model that is not there: its jobs wait until `look_again` finds it.
 
@@ -309,7 +309,8 @@ class CronScheduler:
     ) -> tuple[str, int]:
         """Fire for every occurrence from `start` up to but not including `end`, `concurrency` at a time beside what the
         schedule fires. Returns the origin of the runs, and how many there are (0 where that origin has been asked for
-        before). Raises `NotFound`, `InvalidJob` for a range without occurrences, or with more than 10,000."""
+        before, as far as the history goes back). Raises `NotFound`, `InvalidJob` for a range without occurrences, or
+        with more than 10,000."""
         self._check_open()
         self._catalogue.entry(id)
         faults = [

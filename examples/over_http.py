@@ -26,7 +26,7 @@ def main() -> None:
         # Priority 1 is the most urgent; the timeout is in microseconds.
         print(post(url, {"inputs": [image], "parameters": {"priority": 1, "timeout": 500_000}}))
         try:
-            post(url, {"inputs": [image | {"shape": [1, 63]}]})
+            post(url, {"inputs": [image | {"shape": [1, 63], "data": [0] * 63}]})
         except urllib.error.HTTPError as error:
             print(error.code, error.read().decode())
         server.terminate()

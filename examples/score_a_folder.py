@@ -39,7 +39,8 @@ async def main() -> None:
                 await cron.trigger("score")
                 async for event in events:
                     if event.run is not None and event.run.state is not RunState.RUNNING:
-                        print(f"{new}: {event.run.rows} rows in {event.run.requests} requests {event.run.reason}")
+                        how = event.run.reason or event.run.state.value
+                        print(f"{new}: {how}, {event.run.rows} rows in {event.run.requests} requests")
                         break
                 await events.aclose()
         lines = results.read_text().splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from pathlib import Path
 
@@ -22,7 +23,13 @@ async def test_an_example_ends_by_itself(example: Path) -> None:
         printed, said = await process.communicate()
 
     assert (process.returncode, said.decode()) == (0, "")
-    assert printed
+    lines = printed.decode().splitlines()
+    assert lines
+    assert [line for line in lines if line != line.rstrip()] == []
+    if example.name == "cron_jobs.py":
+        counted = dict(re.findall(r"(\w+): \d+ fired, (\d+) succeeded", printed.decode()))
+        assert counted.keys() == {"heartbeat", "newest", "nightly"}
+        assert min(int(counted["heartbeat"]), int(counted["newest"])) >= 1
 
 
 def test_there_are_examples() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Final, Literal
 
 import msgspec
@@ -18,32 +19,57 @@ import numpy as np
 
 from benchmarks.devices import Call, Device, calibrate_sleep
 from benchmarks.load import Flag, open_loop, poisson_arrivals
-from benchmarks.loops import LoopWatch, run_on
-from benchmarks.report import Label, Report
+from benchmarks.loops import LoopWatch, in_turns
+from benchmarks.report import Label, Measurement, Report
 from benchmarks.stats import percentile
 from kapsl_scheduler import BatchPolicy, Priority, Scheduler
 from kapsl_scheduler.types import Array
 
-__all__ = ["FLOOD_ROW", "Options", "flood_share", "live_latencies", "run"]
+__all__ = [
+    "CASES",
+    "FLOOD_ROW",
+    "Case",
+    "LiveOptions",
+    "Options",
+    "Trial",
+    "flood_share",
+    "measured",
+    "report_live",
+    "run",
+]
 
 LIVE_ROW: Final = np.ones((1, 1))
 FLOOD_ROW: Final = np.zeros((1, 1))
 FLAT: Final = 1.2  # p99 at the largest flood over p99 at the smallest
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class LiveOptions(msgspec.Struct, frozen=True, kw_only=True):
     """`seconds` and `warmup` are per trial; `think` is the live caller's mean pause, in seconds."""
 
     loop: str = "uvloop"
-    floods: Sequence[int] = (64, 256, 1024)
     live: Literal["closed", "poisson"] = "closed"
     think: float = 0.02
     rounds: int = 3
     seconds: float = 10.0
     warmup: float = 1.0
 
+    def settings(self) -> dict[str, Label | list[Label]]:
+        """For the report."""
+        return {
+            "rounds": self.rounds,
+            "seconds": self.seconds,
+            "live": self.live,
+            "mean pause ms": self.think * 1e3,
+        }
 
-class _Case(msgspec.Struct, frozen=True):
+
+class Options(LiveOptions, frozen=True, kw_only=True):
+    """`floods` are numbers of callers."""
+
+    floods: Sequence[int] = (64, 256, 1024)
+
+
+class Case(msgspec.Struct, frozen=True):
     """An engine, the policy in front of it, the class that floods it and the longest batch that class may form."""
 
     name: str
@@ -67,14 +93,14 @@ class _Case(msgspec.Struct, frozen=True):
 
 
 CASES: Final = (
-    _Case("5 ms a call", 0.005, 0.0, BatchPolicy(), Priority.THROUGHPUT),
-    _Case("0.3 ms + 0.9 ms a row", 0.0003, 0.0009, BatchPolicy(max_batch_time=0.010), Priority.THROUGHPUT),
-    _Case("5 ms a call", 0.005, 0.0, BatchPolicy(), Priority.BACKGROUND),
-    _Case("0.3 ms + 0.9 ms a row", 0.0003, 0.0009, BatchPolicy(max_batch_time=0.010), Priority.BACKGROUND),
+    Case("5 ms a call", 0.005, 0.0, BatchPolicy(), Priority.THROUGHPUT),
+    Case("0.3 ms + 0.9 ms a row", 0.0003, 0.0009, BatchPolicy(max_batch_time=0.010), Priority.THROUGHPUT),
+    Case("5 ms a call", 0.005, 0.0, BatchPolicy(), Priority.BACKGROUND),
+    Case("0.3 ms + 0.9 ms a row", 0.0003, 0.0009, BatchPolicy(max_batch_time=0.010), Priority.BACKGROUND),
 )
 
 
-class _Trial(msgspec.Struct):
+class Trial(msgspec.Struct):
     """One flood: live latencies and the longest batch in seconds, the flood's share, its rows per second."""
 
     latencies: list[float]
@@ -87,20 +113,11 @@ class _Trial(msgspec.Struct):
 
 def run(options: Options) -> Report:
     """Every case: no flood, then each flood, round after round."""
-    settings: dict[str, Label | list[Label]] = {
-        "rounds": options.rounds,
-        "seconds": options.seconds,
-        "live": options.live,
-        "mean pause ms": options.think * 1e3,
-    }
-    report = Report.begin("flood", settings)
+    report = Report.begin("flood", options.settings())
     overshoot = calibrate_sleep(0.005)
     for case in CASES:
-        trials: dict[int, list[_Trial]] = {flooders: [] for flooders in (0, *options.floods)}
-        for number in range(options.rounds):
-            for flooders, rounds in trials.items():
-                rounds.append(run_on(options.loop, _trial(case, flooders, options, overshoot, seed=number)))
-        _report_case(report, case, trials)
+        trial = partial(_trial, options, case, overshoot)
+        _report_case(report, case, in_turns(options.loop, (0, *options.floods), options.rounds, trial))
     report.notes.append(
         "share: of the engine time that live requests leave, what the flood had. May add: 1.3 x the longest batch "
         "allowed; for background work max(background slice, one request)."
@@ -108,17 +125,15 @@ def run(options: Options) -> Report:
     return report
 
 
-def _report_case(report: Report, case: _Case, trials: dict[int, list[_Trial]]) -> None:
+def _report_case(report: Report, case: Case, trials: dict[int, list[Trial]]) -> None:
     title = f"{case.name}, {case.flood.name} flood"
     unloaded = 0.0
     p99: dict[int, float] = {}
     for flooders, rounds in trials.items():
         labels: dict[str, Label] = {"engine": case.name, "flood": case.flood.name, "flooders": flooders}
-        report.add(labels, "live p50", "ms", [percentile(t.latencies, 50) * 1e3 for t in rounds], "lower")
-        worst = report.add(labels, "live p99", "ms", [percentile(t.latencies, 99) * 1e3 for t in rounds], "lower")
+        worst = report_live(report, labels, rounds)
         report.add(labels, "live requests", "", [len(trial.latencies) for trial in rounds])
         report.add(labels, "longest batch", "ms", [trial.longest_batch * 1e3 for trial in rounds], "lower")
-        report.add(labels, "longest block", "ms", [trial.longest_block * 1e3 for trial in rounds], "lower")
         if not flooders:
             unloaded = worst.value
             continue
@@ -135,25 +150,38 @@ def _report_case(report: Report, case: _Case, trials: dict[int, list[_Trial]]) -
         report.at_most(f"{title}, live p99 at {max(p99)} over {min(p99)} flooders", flatness, FLAT)
 
 
+def report_live(report: Report, labels: dict[str, Label], rounds: Sequence[Trial]) -> Measurement:
+    """What live requests met; hands back their 99th percentile."""
+    report.add(labels, "live p50", "ms", [percentile(t.latencies, 50) * 1e3 for t in rounds], "lower")
+    report.add(labels, "longest block", "ms", [trial.longest_block * 1e3 for trial in rounds], "lower")
+    return report.add(labels, "live p99", "ms", [percentile(t.latencies, 99) * 1e3 for t in rounds], "lower")
+
+
 # ------------------------------------------------------------------------------------------------------ trial
 
 
-async def _trial(case: _Case, flooders: int, options: Options, overshoot: float, *, seed: int) -> _Trial:
+async def _trial(options: Options, case: Case, overshoot: float, flooders: int, seed: int) -> Trial:
     device = Device(case.per_call, case.per_row, overshoot=overshoot)
     flag = Flag()
     async with Scheduler([device.engine(1)], batch=case.batch) as scheduler, asyncio.TaskGroup() as group:
         for _ in range(flooders):
             group.create_task(_flooder(scheduler, case.flood, flag))
-        await live_latencies(scheduler, options, options.warmup, seed=seed + 1000)
-        start = time.perf_counter()
-        with LoopWatch() as watch:
-            latencies = await live_latencies(scheduler, options, options.seconds, seed=seed)
-        stop = time.perf_counter()
+        trial = await measured(scheduler, device, options, seed=seed)
         flag.running = False
+    return trial
+
+
+async def measured(scheduler: Scheduler, device: Device, options: LiveOptions, *, seed: int) -> Trial:
+    """Live requests through the warm-up and then the seconds that count, while others flood the device."""
+    await _live_latencies(scheduler, options, options.warmup, seed=seed + 1000)
+    start = time.perf_counter()
+    with LoopWatch() as watch:
+        latencies = await _live_latencies(scheduler, options, options.seconds, seed=seed)
+    stop = time.perf_counter()
     calls = [call for call in device.calls if start <= call.start and call.stop <= stop]
     flood_calls = [call for call in calls if not call.rows.any()]
     flood_rows = sum(int((call.rows == 0).sum()) for call in calls)
-    return _Trial(
+    return Trial(
         latencies=latencies,
         share=flood_share(calls, device, stop - start),
         flood_rate=flood_rows / (stop - start),
@@ -188,7 +216,7 @@ async def _flooder(scheduler: Scheduler, priority: Priority, flag: Flag) -> None
         await scheduler.infer(FLOOD_ROW, priority=priority)
 
 
-async def live_latencies(scheduler: Scheduler, options: Options, seconds: float, *, seed: int) -> list[float]:
+async def _live_latencies(scheduler: Scheduler, options: LiveOptions, seconds: float, *, seed: int) -> list[float]:
     """Live latencies in seconds, over that many seconds."""
     rng = np.random.default_rng(seed)
     if options.live == "poisson":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-__all__ = ["LOOPS", "LoopWatch", "run_on"]
+__all__ = ["LOOPS", "LoopWatch", "in_turns", "run_on"]
 
 T = TypeVar("T")
+Case = TypeVar("Case")
 
 LOOPS: Final = ("uvloop", "asyncio")
 
@@ -27,6 +28,18 @@ def run_on(loop: str, main: Coroutine[Any, Any, T]) -> T:
     gc.freeze()
     with asyncio.Runner(loop_factory=_factory(loop)) as runner:
         return runner.run(main)
+
+
+def in_turns(
+    loop: str, cases: Iterable[Case], rounds: int, trial: Callable[[Case, int], Coroutine[Any, Any, T]]
+) -> dict[Case, list[T]]:
+    """The trials of each case: all of them in the first round, all in the second, and so on, so that what changes on
+    the machine meanwhile meets every case. `trial` is given the case and the number of the round."""
+    trials: dict[Case, list[T]] = {case: [] for case in cases}
+    for number in range(rounds):
+        for case, done in trials.items():
+            done.append(run_on(loop, trial(case, number)))
+    return trials
 
 
 def _factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop]:

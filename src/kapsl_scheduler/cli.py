@@ -19,6 +19,7 @@ import numpy as np
 
 from kapsl_scheduler.cli_frame import (
     Commands,
+    ask_server,
     click,
     json_option,
     print_json,
@@ -33,7 +34,7 @@ from kapsl_scheduler.types import InferenceRequest, Priority, dtype_name
 
 if TYPE_CHECKING:
     from kapsl_scheduler.app import Listening
-    from kapsl_scheduler.client import LoadTally
+    from kapsl_scheduler.client import Client, LoadTally
     from kapsl_scheduler.server.oip import InferReply
 
 __all__ = ["main"]
@@ -150,7 +151,8 @@ def infer(model: str, source: str | None, priority: str | None, timeout: float |
     """
     if source is None:
         raise click.UsageError("--input FILE is missing; - reads JSON from stdin")
-    reply: InferReply = run_coroutine(_infer(model, read_input(source), _class(priority), timeout, url))
+    given, chosen = read_input(source), _class(priority)
+    reply: InferReply = ask_server(url, lambda client: _infer(client, model, given, chosen, timeout))
     if as_json:
         click.echo(msgspec.json.encode({name: array.tolist() for name, array in reply.outputs.items()}))
         return
@@ -161,19 +163,20 @@ def infer(model: str, source: str | None, priority: str | None, timeout: float |
         )
 
 
-async def _infer(model: str, given: Any, priority: Priority | None, timeout: float | None, url: str) -> InferReply:
-    from kapsl_scheduler.client import Client, read_call
+async def _infer(
+    client: Client, model: str, given: Any, priority: Priority | None, timeout: float | None
+) -> InferReply:
+    from kapsl_scheduler.client import read_call
 
-    async with Client(url) as client:
-        call = read_call(given, await client.metadata(model))
-        return await client.infer(
-            model,
-            call.request.inputs,
-            priority=call.priority if priority is None else priority,
-            timeout=call.timeout if timeout is None else timeout,
-            outputs=call.outputs,
-            id=call.id,
-        )
+    call = read_call(given, await client.metadata(model))
+    return await client.infer(
+        model,
+        call.request.inputs,
+        priority=call.priority if priority is None else priority,
+        timeout=call.timeout if timeout is None else timeout,
+        outputs=call.outputs,
+        id=call.id,
+    )
 
 
 @main.command()
@@ -181,7 +184,7 @@ async def _infer(model: str, given: Any, priority: Priority | None, timeout: flo
 @json_option
 def models(url: str, as_json: bool) -> None:
     """List the models of a server with their inputs, outputs and what they have done."""
-    entries = run_coroutine(_describe_models(url))
+    entries = ask_server(url, _describe_models)
     if as_json:
         print_json(entries)
         return
@@ -195,18 +198,15 @@ def models(url: str, as_json: bool) -> None:
         click.echo(f"  {done['inference_count']} rows in {done['execution_count']} calls, {done['queued']} queued")
 
 
-async def _describe_models(url: str) -> list[dict[str, Any]]:
-    from kapsl_scheduler.client import Client
-
-    async with Client(url) as client:
-        entries = await client.models()
-        for entry in entries:
-            metadata = await client.metadata(entry["name"])
-            stats = await client.stats(entry["name"])
-            entry |= {"inputs": metadata["inputs"], "outputs": metadata["outputs"]}
-            entry["stats"] = {key: stats[key] for key in ("inference_count", "execution_count", "answers")}
-            entry["stats"]["queued"] = stats["scheduler"]["queued"]
-        return entries
+async def _describe_models(client: Client) -> list[dict[str, Any]]:
+    entries = await client.models()
+    for entry in entries:
+        metadata = await client.metadata(entry["name"])
+        stats = await client.stats(entry["name"])
+        entry |= {"inputs": metadata["inputs"], "outputs": metadata["outputs"]}
+        entry["stats"] = {key: stats[key] for key in ("inference_count", "execution_count", "answers")}
+        entry["stats"]["queued"] = stats["scheduler"]["queued"]
+    return entries
 
 
 # ------------------------------------------------------------------------------------------------- bench
@@ -236,7 +236,8 @@ def bench(
     Without --input the inputs are random numbers of the model's shapes. Exits with 1 if a request failed.
     """
     given = None if source is None else read_input(source)
-    tally: LoadTally = run_coroutine(_bench(model, given, _class(priority), connections, seconds, rows, url))
+    chosen = _class(priority)
+    tally: LoadTally = ask_server(url, lambda client: _bench(client, model, given, chosen, connections, seconds, rows))
     summary = tally.summary(seconds)
     if as_json:
         click.echo(msgspec.json.encode(summary))
@@ -250,31 +251,27 @@ def bench(
 
 
 async def _bench(
+    client: Client,
     model: str,
     given: Any,
     priority: Priority | None,
     connections: int,
     seconds: float,
     rows: int,
-    url: str,
 ) -> LoadTally:
-    from kapsl_scheduler.client import Client, closed_loop, random_inputs, read_call
+    from kapsl_scheduler.client import closed_loop, random_inputs, read_call
     from kapsl_scheduler.server.oip import InferCall
 
-    async with Client(url) as client:
-        metadata = await client.metadata(model)
-        if given is None:
-            call = InferCall(InferenceRequest(random_inputs(metadata, rows)))
-        else:
-            call = read_call(given, metadata)
-        send = client.prepare(
-            model,
-            call.request.inputs,
-            priority=call.priority if priority is None else priority,
-            timeout=call.timeout,
-            outputs=call.outputs,
-        )
-        return await closed_loop(send, callers=connections, seconds=seconds)
+    metadata = await client.metadata(model)
+    call = InferCall(InferenceRequest(random_inputs(metadata, rows))) if given is None else read_call(given, metadata)
+    send = client.prepare(
+        model,
+        call.request.inputs,
+        priority=call.priority if priority is None else priority,
+        timeout=call.timeout,
+        outputs=call.outputs,
+    )
+    return await closed_loop(send, callers=connections, seconds=seconds)
 
 
 def _ms(seconds: float | None) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -31,7 +31,20 @@ try:
 except ModuleNotFoundError:
     sys.exit("The command line needs click: pip install 'kapsl-scheduler[server,onnx]'")
 
-__all__ = ["Commands", "click", "json_option", "print_json", "read_input", "read_json", "run_coroutine", "url_option"]
+if TYPE_CHECKING:
+    from kapsl_scheduler.client import Client
+
+__all__ = [
+    "Commands",
+    "ask_server",
+    "click",
+    "json_option",
+    "print_json",
+    "read_input",
+    "read_json",
+    "run_coroutine",
+    "url_option",
+]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -100,6 +113,18 @@ def run_coroutine(main: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run(main)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
+
+
+def ask_server(url: str, ask: Callable[[Client], Awaitable[Any]]) -> Any:
+    """What a call of the server returns."""
+
+    async def call() -> Any:
+        from kapsl_scheduler.client import Client
+
+        async with Client(url) as client:
+            return await ask(client)
+
+    return run_coroutine(call())
 
 
 def read_input(source: str) -> Any:

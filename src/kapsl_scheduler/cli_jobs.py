@@ -8,21 +8,12 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kapsl_scheduler.cli_frame import (
-    click,
-    json_option,
-    print_json,
-    read_input,
-    read_json,
-    run_coroutine,
-    url_option,
-)
+from kapsl_scheduler.cli_frame import ask_server, click, json_option, print_json, read_input, read_json, url_option
 from kapsl_scheduler.core.cron import CronExpression
 from kapsl_scheduler.core.definition import encode_job
 from kapsl_scheduler.core.jobs import CronJob, CronOverflowPolicy, Named, RunPolicy
@@ -48,18 +39,6 @@ def _moment(text: str) -> dt.datetime:
     return moment
 
 
-def _asked(url: str, ask: Callable[[Client], Awaitable[Any]]) -> Any:
-    """What a call of the server returns."""
-
-    async def call() -> Any:
-        from kapsl_scheduler.client import Client
-
-        async with Client(url) as client:
-            return await ask(client)
-
-    return run_coroutine(call())
-
-
 @click.group()
 def jobs() -> None:
     """List, make and look after the jobs of a server."""
@@ -70,7 +49,7 @@ def jobs() -> None:
 @json_option
 def list_jobs(url: str, as_json: bool) -> None:
     """All jobs: when they fire next, and how they ended last."""
-    found = _asked(url, lambda client: client.jobs())
+    found = ask_server(url, lambda client: client.jobs())
     if as_json:
         print_json(found)
         return
@@ -89,7 +68,7 @@ def show(id: str, url: str, as_json: bool) -> None:
     async def ask(client: Client) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
         return await client.job(id), await client.preview_job(id), await client.runs(id, limit=5)
 
-    job, times, runs = _asked(url, ask)
+    job, times, runs = ask_server(url, ask)
     if as_json:
         print_json(job | {"next": times, "runs": runs})
         return
@@ -141,7 +120,7 @@ def add(
         known = {job["id"] for job in await client.jobs()}
         return [(id in known, await client.put_job(id, definition)) for id, definition in definitions]
 
-    made = _asked(url, ask)
+    made = ask_server(url, ask)
     if as_json:
         print_json([job for _, job in made])
         return
@@ -222,7 +201,7 @@ def preview(id: str, number: int, url: str, as_json: bool) -> None:
     async def ask(client: Client) -> tuple[dict[str, Any], list[str]]:
         return await client.job(id), await client.preview_job(id, number)
 
-    job, times = _asked(url, ask)
+    job, times = ask_server(url, ask)
     if as_json:
         print_json(times)
         return
@@ -237,7 +216,7 @@ def preview(id: str, number: int, url: str, as_json: bool) -> None:
 @url_option
 def pause(id: str, reason: str, url: str) -> None:
     """Let a job fire no more until it is resumed; what runs goes on."""
-    job = _asked(url, lambda client: client.pause_job(id, reason))
+    job = ask_server(url, lambda client: client.pause_job(id, reason))
     click.echo(f"paused {id}: {job['paused']}")
 
 
@@ -249,7 +228,7 @@ def resume(id: str, catch_up: bool, url: str) -> None:
     """Let a job fire again."""
     from kapsl_scheduler import cli_tables
 
-    job = _asked(url, lambda client: client.resume_job(id, catch_up=catch_up))
+    job = ask_server(url, lambda client: client.resume_job(id, catch_up=catch_up))
     click.echo(f"resumed {id}: {cli_tables.outlook(job)}")
 
 
@@ -269,7 +248,7 @@ def run_job(id: str, origin: str | None, wait: bool, url: str, as_json: bool) ->
             run = await client.get(f"/v2/cron/runs/{run['number']}")
         return run
 
-    run = _asked(url, ask)
+    run = ask_server(url, ask)
     if as_json:
         print_json(run)
     else:
@@ -292,7 +271,7 @@ def backfill(
     id: str, start: dt.datetime, end: dt.datetime, concurrency: int, origin: str | None, url: str, as_json: bool
 ) -> None:
     """Let a job fire for every time from START to before END, such as 2026-03-29T01:00:00Z."""
-    answer = _asked(url, lambda client: client.backfill_job(id, start, end, concurrency=concurrency, origin=origin))
+    answer = ask_server(url, lambda client: client.backfill_job(id, start, end, concurrency=concurrency, origin=origin))
     if as_json:
         print_json(answer)
         return
@@ -308,7 +287,7 @@ def backfill(
 @json_option
 def history(id: str | None, limit: int, states: tuple[str, ...], origin: str | None, url: str, as_json: bool) -> None:
     """The runs of a job, or of all, the newest first."""
-    runs = _asked(url, lambda client: client.runs(id, limit=limit, states=states, origin=origin))
+    runs = ask_server(url, lambda client: client.runs(id, limit=limit, states=states, origin=origin))
     if as_json:
         print_json(runs)
         return
@@ -323,7 +302,7 @@ def history(id: str | None, limit: int, states: tuple[str, ...], origin: str | N
 @url_option
 def remove(id: str, cancel: bool, url: str) -> None:
     """Forget a job. Its history stays."""
-    _asked(url, lambda client: client.remove_job(id, cancel=cancel))
+    ask_server(url, lambda client: client.remove_job(id, cancel=cancel))
     click.echo(f"removed {id}")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from kapsl_scheduler.ports import SourceItem
 from kapsl_scheduler.sources import CsvSettings, FolderSource, ImageSettings
 from tests.sources.files import firing
 
@@ -69,6 +71,48 @@ def test_marks_of_files_that_are_gone_go_out_with_the_first_item(tmp_path: Path)
     first, second = FolderSource(path=str(tmp_path)).items(firing(), memory)
     assert first.marks["source:b"] is None
     assert list(second.marks) == ["source:a.jsonl"]
+
+
+def remember(memory: dict[str, str], items: Iterable[SourceItem]) -> dict[str, str]:
+    for item in items:
+        memory = {key: mark for key, mark in {**memory, **item.marks}.items() if mark is not None}
+    return memory
+
+
+def test_files_that_pass_through_a_folder_leave_no_more_marks_than_the_last_of_them(tmp_path: Path) -> None:
+    source = FolderSource(path=str(tmp_path))
+    memory: dict[str, str] = {}
+    for number in range(50):
+        (tmp_path / f"{number}.jsonl").write_text("1\n")
+        (tmp_path / f"{number}b.jsonl").write_text("1\n")
+        memory = remember(memory, source.items(firing(), memory))
+        assert sorted(memory) == [f"source:{number}.jsonl", f"source:{number}b.jsonl"]
+        for file in tmp_path.iterdir():
+            file.unlink()
+        assert remember(memory, source.items(firing(), memory)) == memory  # nothing new: as they were
+
+
+def test_a_folder_that_is_empty_for_a_while_is_not_read_anew(tmp_path: Path) -> None:
+    """As the place of a file system that is not mounted."""
+    folder, elsewhere = tmp_path / "in", tmp_path / "away"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("1\n")
+    source = FolderSource(path=str(folder))
+    memory = remember({}, source.items(firing(), {}))
+    folder.rename(elsewhere)
+    folder.mkdir()
+    memory = remember(memory, source.items(firing(), memory))
+    folder.rmdir()
+    elsewhere.rename(folder)
+    assert list(source.items(firing(), memory)) == []
+
+
+def test_files_that_other_settings_pass_over_are_not_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("1\n")
+    (tmp_path / "b.csv").write_text("x\n1\n")
+    memory = remember({}, FolderSource(path=str(tmp_path), pattern="*.jsonl").items(firing(), {}))
+    memory = remember(memory, FolderSource(path=str(tmp_path), pattern="*.csv").items(firing(), memory))
+    assert list(FolderSource(path=str(tmp_path)).items(firing(), memory)) == []
 
 
 def test_reading_that_fails_halfway_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

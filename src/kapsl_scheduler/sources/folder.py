@@ -112,19 +112,22 @@ class FolderSource(
             raise InvalidInput(f"source: expected a folder, there is none at {self.path}")
         known = {key: _read_mark(text) for key, text in memory.items() if key.startswith(_PREFIX)}
         listed = [file for file in found_files(root, self.pattern) if self._format_of(file.name)]
-        gone = known.keys() - {_key(file.name) for file in listed}
+        others = known.keys() - {_key(file.name) for file in listed}  # gone, or passed over by the settings of today
+        gone = [key for key in sorted(others) if not os.path.lexists(os.path.join(root, key.removeprefix(_PREFIX)))]
         run = f"{firing.nominal.isoformat()} {firing.origin}" if self.again == "always" else ""
         todo = []
         for file in listed:
             mark = known.get(_key(file.name))
             if mark is None or mark.row is not None or not mark.fits(file, run):
                 todo.append((file, mark))
-        return self._items(root, todo, run, dict.fromkeys(sorted(gone)))
+        return self._items(root, todo, run, dict.fromkeys(gone))
 
     def _items(
         self, root: str, todo: list[tuple[Found, _Mark | None]], run: str, marks: dict[str, str | None]
     ) -> Iterator[SourceItem]:
-        """`marks` go out with the first item."""
+        """`marks` go out with the first item. While there is none nothing is forgotten: a folder that is empty because
+        its file system is not mounted will be full of known files again, and what is remembered does not grow
+        meanwhile."""
         total = sum(max(1, file.size) for file, _ in todo)
         behind = 0
         for file, mark in todo:

@@ -1,7 +1,7 @@
 """Which jobs a CronScheduler has: registered one by one, together or by a package, replaced, removed; and what stored
 ones wait for.
 
-What is not here: what is written for each (`runtime.cron_intents`), names for callables (`runtime.cron_bindings`), the
+What is not here: what is written for each (`runtime.cron_changes`), names for callables (`runtime.cron_bindings`), the
 form of a package (`packages.manifest`).
 """
 
@@ -21,8 +21,8 @@ from kapsl_scheduler.errors import DuplicateId, EngineError, InvalidExpression, 
 from kapsl_scheduler.packages.manifest import CronJobDef, Manifest
 from kapsl_scheduler.ports import RunQuery, is_source
 from kapsl_scheduler.runtime.cron_bindings import Bindings
+from kapsl_scheduler.runtime.cron_changes import Define, Remove
 from kapsl_scheduler.runtime.cron_execution import nbytes
-from kapsl_scheduler.runtime.cron_intents import Define, Remove
 from kapsl_scheduler.runtime.cron_ledger import Entry, Ledger
 from kapsl_scheduler.runtime.cron_manifest import declared_job
 from kapsl_scheduler.runtime.cron_runs import AT_ONCE, Runs

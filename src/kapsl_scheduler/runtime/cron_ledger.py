@@ -3,7 +3,8 @@
 Whoever wants something changed hands in an `Intent`. Intents are decided one after another on the jobs as this process
 knows them, and what they decided in one round is one batch for the store. Where the store says that another process was
 faster, the job is read again and the intent decides anew, so that it may be asked more than once and must not act
-before it hears `done`. What is not here: what is decided (`core.firing`, `runtime.cron_intents`), running anything.
+before it hears `done`. What is not here: what is decided (`core.firing`, `runtime.cron_intents`,
+`runtime.cron_changes`), running anything.
 """
 
 from __future__ import annotations

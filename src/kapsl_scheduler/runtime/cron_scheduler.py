@@ -1,8 +1,9 @@
 """CronScheduler: scheduled inference. The public calls, and the life of it all.
 
 One task looks after the timer of all jobs, one writes what is decided, and each run has its own. What is not here:
-which occurrences become runs (`core.firing`), the changes to a job (`runtime.cron_intents`) and their order
-(`runtime.cron_ledger`), how runs go (`runtime.cron_runs`), other processes on the store (`runtime.cron_watch`).
+which occurrences become runs (`core.firing`), what is written of runs (`runtime.cron_intents`) and of jobs
+(`runtime.cron_changes`) and in which order (`runtime.cron_ledger`), how runs go
+(`runtime.cron_runs`), other processes on the store (`runtime.cron_watch`).
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from kapsl_scheduler.packages.manifest import CronJobDef, Manifest
 from kapsl_scheduler.ports import CronTarget, JobStore, RunQuery
 from kapsl_scheduler.runtime.cron_alarm import Alarm
 from kapsl_scheduler.runtime.cron_catalogue import Catalogue
+from kapsl_scheduler.runtime.cron_changes import Pause, Resume
 from kapsl_scheduler.runtime.cron_events import Events
-from kapsl_scheduler.runtime.cron_intents import Fill, Fire, Pause, Resume, Trigger
+from kapsl_scheduler.runtime.cron_intents import Fill, Fire, Trigger
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
 from kapsl_scheduler.runtime.cron_metrics import CronFigures, CronStatistics
 from kapsl_scheduler.runtime.cron_runs import AT_ONCE, Runs

@@ -249,10 +249,12 @@ def _range(job: str, timetable: Timetable, after: int, until: int, now: int, rea
 
 def _meet(policy: FiringPolicy, running: int, waiting: int) -> RunState:
     """What becomes of a new run by the overlap policy, with so many of its job running and waiting."""
+    if not running and not waiting:  # as nearly always
+        return RunState.RUNNING
     overlap = policy.overlap
     if overlap is Overlap.CANCEL_OTHER:
         return RunState.RUNNING
-    if not waiting and running < ((policy.max_running or 1) if overlap is Overlap.ALLOW else 1):
+    if overlap is Overlap.ALLOW and not waiting and running < (policy.max_running or 1):
         return RunState.RUNNING
     if overlap is Overlap.BUFFER_ONE:
         return RunState.SKIPPED if waiting else RunState.PENDING

@@ -208,28 +208,36 @@ def repeated(runs: Sequence[Run]) -> Run | None:
     return None
 
 
-def booked(state: JobState, before: Run | None, after: Run, **changes: Any) -> JobState:
-    """The books after a run came to be (`before` is None) or went from one state to another, with `changes` of other
-    fields."""
+def booked(state: JobState, before: Run | None, after: Run, cursor: int | None = None) -> JobState:
+    """The books after a run came to be (`before` is None) or went from one state to another, with another `cursor` if
+    one is given."""
     now = after.state
     if now is RunState.RUNNING and before is None and after.origin == SCHEDULE:  # as nearly always
         return msgspec.structs.replace(
             state,
+            cursor=state.cursor if cursor is None else cursor,
             due=state.due + 1,
             running=state.running + 1,
             fired=state.fired + 1,
             scheduled=state.scheduled + 1,
-            **changes,
         )
+    changes: dict[str, Any] = {} if cursor is None else {"cursor": cursor}
     if before is None:
         changes["due"] = state.due + after.count
         if now.open and after.origin == SCHEDULE:
             changes["scheduled"] = state.scheduled + 1
     elif before.state is now:
         return msgspec.structs.replace(state, **changes) if changes else state
+    elif before.limit:
+        _fill(state, changes, before, -1)
     else:
-        _tally(state, changes, before, -1)
-    _tally(state, changes, after, 1)
+        field = before.state.field
+        changes[field] = getattr(state, field) - before.count
+    if after.limit and now.open:
+        _fill(state, changes, after, 1)
+    else:
+        field = now.field
+        changes[field] = getattr(state, field) + after.count
     if now is RunState.RUNNING:
         if before is None or before.started is None:  # not one that resumes
             changes["fired"] = state.fired + 1
@@ -243,12 +251,9 @@ def booked(state: JobState, before: Run | None, after: Run, **changes: Any) -> J
     return msgspec.structs.replace(state, **changes)
 
 
-def _tally(state: JobState, changes: dict[str, Any], run: Run, by: int) -> None:
-    """Count a run in or out of the field that its state belongs to."""
+def _fill(state: JobState, changes: dict[str, Any], run: Run, by: int) -> None:
+    """Count an open run in or out of its backfill."""
     field = run.state.field
-    if not run.limit or not run.state.open:
-        changes[field] = changes.get(field, getattr(state, field)) + by * run.count
-        return
     backfills = dict(changes.get("backfills", state.backfills))
     backfill = backfills.get(run.origin) or Backfill(run.limit)
     backfill = msgspec.structs.replace(backfill, **{field: getattr(backfill, field) + by})

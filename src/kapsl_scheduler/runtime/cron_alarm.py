@@ -49,35 +49,36 @@ class Alarm:
 
     def set(self, entry: Entry, due: int | None) -> None:
         """A job is due at another moment (None: not at all)."""
-        self._void += entry.due is not None
+        if entry.due is not None:
+            self._void += 1
+            if self._void > len(self._heap) // 2 + 64:
+                self._heap = [item for item in self._heap if item[2].place == item[1] and item[2] is not entry]
+                heapq.heapify(self._heap)
+                self._void = 0
         entry.due = due
-        self._places += 1
-        entry.place = self._places
+        place = self._places = self._places + 1
+        entry.place = place
         if due is None:
             return
-        heapq.heappush(self._heap, (due, self._places, entry))
+        heapq.heappush(self._heap, (due, place, entry))
         if self._loop is not None and self._timer is not None:
             now = self._wall()
             if self._loop.time() + (due - now) / 1e6 < self._timer.when():
                 self._timer.cancel()
                 self._arm(self._loop, now)
-        if self._void > len(self._heap) // 2 + 64:
-            self._heap = [item for item in self._heap if item[2].place == item[1]]
-            heapq.heapify(self._heap)
-            self._void = 0
 
     def _arm(self, loop: asyncio.AbstractEventLoop, now: int) -> None:
-        while self._heap and self._heap[0][2].place != self._heap[0][1]:
-            heapq.heappop(self._heap)
+        heap = self._heap
+        while heap and heap[0][2].place != heap[0][1]:
+            heapq.heappop(heap)
             self._void -= 1
-        wait = min(LONGEST, (self._heap[0][0] - now) / 1e6) if self._heap else LONGEST
+        wait = min(LONGEST, (heap[0][0] - now) / 1e6) if heap else LONGEST
         self._timer = loop.call_at(loop.time() + wait, self._ring, loop)
 
     def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
         """What is due is given; then the timer is set anew, once for all that was set meanwhile."""
         now = self._wall()
-        due = self._due(now)
-        if due:
+        if self._heap and self._heap[0][0] <= now and (due := self._due(now)):
             self._loop = None
             try:
                 self._strike(due)

@@ -150,7 +150,9 @@ class Execution:
     async def __call__(self) -> None:
         """All attempts, then the end, written down. Being cancelled ends the run as cancelled."""
         try:
-            outcome = await self._attempts()
+            timeout = self._job.run.timeout
+            # The outcome of the last attempt; None where another process has taken the run.
+            outcome = await (self._repeat() if timeout is None else self._repeat_within(timeout))
             if outcome is None or self.discarded:
                 return
             callback_error = ""
@@ -162,14 +164,19 @@ class Execution:
                 self._host.ended(self, self.cut_short())
             return
         self.recording = True
-        error = "" if outcome.error is None else error_text(outcome.error)
-        after = self.on(
+        # Not by `on`: handing keywords on costs more than all that is said here.
+        after = msgspec.structs.replace(
             self.run,
             state=outcome.state,
             reason=outcome.reason,
-            error=error,
+            error="" if outcome.error is None else error_text(outcome.error),
             callback_error=callback_error,
             ended=self._host.wall(),
+            requests=self.requests,
+            failed_requests=self._failed_requests,
+            rows=self._rows,
+            input_bytes=self._input_bytes,
+            output_bytes=self._output_bytes,
         )
         self._host.ended(self, after)
 
@@ -181,11 +188,7 @@ class Execution:
 
     # ------------------------------------------------------------------------------------------ attempts
 
-    async def _attempts(self) -> Outcome | None:
-        """The outcome of the last attempt; None where another process has taken the run."""
-        timeout = self._job.run.timeout
-        if timeout is None:
-            return await self._repeat()
+    async def _repeat_within(self, timeout: float) -> Outcome | None:
         self._until = asyncio.get_running_loop().time() + timeout
         limit = asyncio.timeout_at(self._until)
         try:
@@ -256,10 +259,22 @@ class Execution:
             if isinstance(request, list | Iterator | AsyncIterator):
                 self._feed = self._feed_of(numbered(request), lasts=True)
                 return await self._several(self._feed, final=final, keep=isinstance(request, list))
-        if job.sink is None:
-            return await self._alone(request)
-        self._feed = self._feed_of(numbered([request]), lasts=True)
-        return await self._several(self._feed, final=final)
+        if job.sink is not None:
+            self._feed = self._feed_of(numbered([request]), lasts=True)
+            return await self._several(self._feed, final=final)
+        response = None
+        try:
+            response = await self.infer(request)
+        except Overloaded as error:
+            if not error.evicted:
+                return self._refused(error)
+            self.add(request, None, row_count(request))
+            return Outcome(RunState.FAILED, "evicted", error)
+        except Exception:
+            self.add(request, None, row_count(request))
+            raise
+        self.add(request, response, row_count(request))
+        return Outcome(RunState.SUCCEEDED, result=response)
 
     def _feed_of(self, items: AsyncIterator[SourceItem], *, lasts: bool) -> Feed:
         return Feed(items, ahead=self._job.run.max_in_flight, lasts=lasts, strangers=self.strangers)
@@ -385,6 +400,8 @@ def nbytes(arrays: Any) -> int:
     """The bytes of the arrays in a request or an answer, as far as it holds arrays."""
     if isinstance(arrays, InferenceRequest):
         arrays = arrays.inputs
+    if isinstance(arrays, np.ndarray):
+        return arrays.nbytes
     if isinstance(arrays, Mapping):
         return sum(value.nbytes for value in arrays.values() if isinstance(value, np.ndarray))
-    return arrays.nbytes if isinstance(arrays, np.ndarray) else 0
+    return 0

@@ -109,8 +109,10 @@ class _Creating(Intent):
                 self._host.noted(after)
             if entry.state.running + entry.state.waiting > 1:
                 self._host.cancel_elsewhere(entry, self._plan.runs)
-        runs = [replace(run, number=number) for run, number in zip(self._plan.runs, numbers, strict=True)]
-        for run in runs:
+        runs: list[Run] = []
+        for planned, number in zip(self._plan.runs, numbers, strict=True):
+            run = replace(planned, number=number)
+            runs.append(run)
             if run.state is RunState.RUNNING:
                 self._host.launch(entry, run)
             else:

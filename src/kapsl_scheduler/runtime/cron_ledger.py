@@ -13,17 +13,19 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from kapsl_scheduler.core.firing import Timetable
 from kapsl_scheduler.core.jobs import CronJob
 from kapsl_scheduler.core.runs import Change, JobRecord, Run
 from kapsl_scheduler.errors import CronError, StoreError
-from kapsl_scheduler.ports import Committed, Exists, JobStore, Stale
+from kapsl_scheduler.ports import Committed, Exists, JobStore, Result, Stale
 
 __all__ = ["Entry", "Intent", "Ledger"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ROUND: Final = 128
 """Intents that are decided before others get the loop: one or two milliseconds."""
@@ -93,6 +95,10 @@ class Intent:
             self.future.set_exception(error)
 
 
+Asked = tuple[Intent, Entry | None]
+"""An intent that has been asked, and the job that it saw."""
+
+
 class Ledger:
     """Serialises intents into rounds. `entries` are the jobs. `changed(entry)` is called whenever a job is not what it
     was: read or written; `gone(entry)` when it is no more."""
@@ -144,12 +150,13 @@ class Ledger:
 
     def settle(self, *intents: Intent) -> None:
         """Hand them in, and write here and now what was handed in, if that takes no wait; else it will be written."""
-        if not self.store.instant or self._writing or self._closed is not None:
+        if not self.store.instant or self._writing or self._closed is not None or self.failing is not None:
             for intent in intents:
                 self.post(intent)
             return
         self._queue.extend(intents)
-        _at_once(self._write_all(patient=False))
+        while self._queue and self.failing is None:
+            self._round_now()
 
     def post(self, intent: Intent) -> None:
         """Hand it in and go on. Nothing is written before the next pass of the loop."""
@@ -166,8 +173,8 @@ class Ledger:
     def _write_soon(self) -> None:
         """A round of what was handed in; others get the loop before the next."""
         self._soon = False
-        if self._queue and not self._writing:
-            _at_once(self._write_all(patient=False, rounds=1))
+        if self._queue and not self._writing and self.failing is None:
+            self._round_now()
             if self._queue and self.failing is None and not self._soon:
                 self._soon = True
                 asyncio.get_running_loop().call_soon(self._write_soon)
@@ -204,7 +211,7 @@ class Ledger:
     # ------------------------------------------------------------------------------------------- writing
 
     async def serve(self) -> None:
-        """Write what is handed in, until cancelled."""
+        """Write what is handed in and was not written there and then, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             if self._writing or not self._queue:
@@ -212,76 +219,93 @@ class Ledger:
                 await self._sleeper
                 self._sleeper = None
             else:
-                await self._write_all(patient=True)
+                await self._write_all()
 
-    async def _write_all(self, *, patient: bool, rounds: int | None = None) -> None:
-        """Until nothing is left (or for so many rounds), or the store fails: then whoever is `patient` tries again,
-        others leave it to `serve`. Who is patient lets others have the loop between two rounds."""
+    async def _write_all(self) -> None:
+        """Until nothing is left. Others get the loop between two rounds; while the store fails, it is tried again."""
         self._writing = True
         wait = RETRY_FIRST
         try:
-            while self._queue and rounds != 0:
-                rounds = None if rounds is None else rounds - 1
-                try:
-                    written = await self._round()
-                except StoreError as error:
-                    if self.failing is None:
-                        logger.error("the store of the cron jobs fails, it is tried again: %s", error)
-                    self.failing = error
-                    self._fail_calls(error)
-                    if not patient:
-                        return
+            while self._queue:
+                if await self._round():
+                    wait = RETRY_FIRST
+                    if self._queue:
+                        await asyncio.sleep(0)
+                else:
                     await asyncio.sleep(wait if self._queue else 0)
                     wait = min(wait * 2, RETRY_MOST)
-                else:
-                    if written and self.failing is not None:
-                        logger.warning("the store of the cron jobs works again")
-                        self.failing, wait = None, RETRY_FIRST
-                    if patient and self._queue:
-                        await asyncio.sleep(0)
         finally:
             self._writing = False
             if not self._queue:
-                if self._waiters:
-                    self._release()
-            elif rounds is None:
-                self._wake()
+                self._release()
 
     async def _round(self) -> bool:
-        """Decide what is there, and write it. Returns whether there was anything to write."""
-        if self._unsure:
-            await self._find_out()
-        decided = self._decided()
-        if not decided:
-            return False
+        """Decide what is there, and write it. Returns whether the store does what it should."""
+        asked: list[Asked] = []
         try:
-            results = await self.store.commit([change for _, _, change in decided])
+            if self._unsure:
+                await self._find_out()
+            asked, changes = self._decided()
+            if not changes:
+                return True
+            results = await self.store.commit(changes)
         except asyncio.CancelledError:  # at the end: `close` tells them
-            self._queue.extendleft(intent for intent, _, _ in reversed(decided))
+            self._queue.extendleft(intent for intent, _ in reversed(asked))
             raise
         except Exception as error:
-            self._not_written([intent for intent, _, _ in decided], error)
-            if isinstance(error, StoreError):
-                raise
-            logger.exception("the store of the cron jobs raised what it should not")
-            raise StoreError(f"{type(error).__name__}: {error}") from error
+            self._not_written(asked, error)
+            return False
+        self._written(asked, changes, results)
+        if self.failing is not None:
+            logger.warning("the store of the cron jobs works again")
+            self.failing = None
+        return True
+
+    def _round_now(self) -> None:
+        """The same with a store that nobody waits for. While it fails, `serve` goes on."""
+        self._writing = True
+        try:
+            asked, changes = self._decided()
+            if changes:
+                try:
+                    results = _at_once(self.store.commit(changes))
+                except Exception as error:
+                    self._not_written(asked, error)
+                    self._wake()
+                else:
+                    self._written(asked, changes, results)
+        finally:
+            self._writing = False
+            if self._waiters and not self._queue:
+                self._release()
+
+    def _written(self, asked: Sequence[Asked], changes: Sequence[Change], results: Sequence[Result]) -> None:
+        """Tell each what the store said. Those that are to decide anew come first in the next round."""
         again: list[Intent] = []
-        for (intent, entry, change), result in zip(decided, results, strict=True):
+        for (intent, entry), change, result in zip(asked, changes, results, strict=True):
             if isinstance(result, Committed):
                 _answer(intent, self._committed(entry, change, result), result.numbers)
             elif self._again(intent, change, result):
                 again.append(intent)
-        self._queue.extendleft(reversed(again))
-        return True
+        if again:
+            self._queue.extendleft(reversed(again))
 
-    def _not_written(self, intents: Sequence[Intent], error: Exception) -> None:
-        """The lasting ones are tried again, before all others; the others fail."""
-        self._queue.extendleft(intent for intent in reversed(intents) if intent.lasting)
-        for intent in intents:
+    def _not_written(self, asked: Sequence[Asked], error: Exception) -> None:
+        """The store fails. The lasting ones are tried again, before all others; the others fail, also those that have
+        not been asked yet."""
+        if not isinstance(error, StoreError):
+            logger.error("the store of the cron jobs raised what it should not", exc_info=error)
+            error = StoreError(f"{type(error).__name__}: {error}")
+        if self.failing is None:
+            logger.error("the store of the cron jobs fails, it is tried again: %s", error)
+        self.failing = error
+        self._queue.extendleft(intent for intent, _ in reversed(asked) if intent.lasting)
+        for intent, _ in asked:
             if not intent.lasting:
-                intent.fail(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))
+                intent.fail(error)
             elif intent.turns is not None:
                 self._unsure.append(intent)
+        self._fail_calls(error)
 
     def _fail_calls(self, error: StoreError) -> None:
         """Whoever waits for an answer is not kept by what others have to write."""
@@ -309,13 +333,16 @@ class Ledger:
             else:
                 _tell(intent, intent.refused)
 
-    def _decided(self) -> list[tuple[Intent, Entry | None, Change]]:
-        """Ask the intents of the queue, one of each job: the next one has to see what becomes of it."""
-        decided: list[tuple[Intent, Entry | None, Change]] = []
+    def _decided(self) -> tuple[list[Asked], list[Change]]:
+        """Ask the intents of the queue, one of each job: the next one has to see what becomes of it. Returns those that
+        want something written, and what."""
+        asked: list[Asked] = []
+        changes: list[Change] = []
         jobs: set[str] = set()
         later: list[Intent] = []
-        for _ in range(min(len(self._queue), ROUND)):
-            intent = self._queue.popleft()
+        queue = self._queue
+        for _ in range(min(len(queue), ROUND)):
+            intent = queue.popleft()
             job = intent.job
             if job in jobs:
                 later.append(intent)
@@ -332,9 +359,11 @@ class Ledger:
                 _answer(intent, entry, ())
             else:
                 jobs.add(job)
-                decided.append((intent, entry, change))
-        self._queue.extendleft(reversed(later))
-        return decided
+                asked.append((intent, entry))
+                changes.append(change)
+        if later:
+            queue.extendleft(reversed(later))
+        return asked, changes
 
     def _committed(self, entry: Entry | None, change: Change, result: Committed) -> Entry | None:
         """Take over what was written. Returns the job as it is now."""
@@ -411,13 +440,12 @@ class Ledger:
                 self.refresh(job, None)
 
 
-def _at_once(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run it to its end here and now. An instant store is never waited for, so there is nothing that it could wait
-    for; and nobody sees it half done."""
+def _at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run it to its end here and now: an instant store is never waited for."""
     try:
         coroutine.send(None)
-    except StopIteration:
-        return
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
     coroutine.close()
     raise RuntimeError("a store that calls itself instant has to be waited for")
 

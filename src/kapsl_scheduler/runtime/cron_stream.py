@@ -343,8 +343,9 @@ def row_count(request: Any) -> int:
     """Rows of a request, which has its batch axis in front if it has more than one axis."""
     if isinstance(request, InferenceRequest):
         request = request.inputs
-    value = next(iter(request.values()), None) if isinstance(request, Mapping) else request
-    return int(value.shape[0]) if isinstance(value, np.ndarray) and value.ndim > 1 else 1
+    if not isinstance(request, np.ndarray) and isinstance(request, Mapping):
+        request = next(iter(request.values()), None)
+    return int(request.shape[0]) if isinstance(request, np.ndarray) and request.ndim > 1 else 1
 
 
 def error_text(error: BaseException) -> str:

@@ -6,6 +6,7 @@ What is not here: what is due and what a run does to the books (`core.firing`, `
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 
@@ -19,16 +20,6 @@ __all__ = ["MemoryStore"]
 
 _SLACK = 64
 """Numbers of deleted runs that a list may hold beyond as many as there are runs."""
-
-
-class _History:
-    """The numbers of one job's runs, rising, and how many of them are open."""
-
-    __slots__ = ("numbers", "open")
-
-    def __init__(self) -> None:
-        self.numbers: list[int] = []
-        self.open = 0
 
 
 class MemoryStore:
@@ -49,7 +40,7 @@ class MemoryStore:
         self._number = 0
         self._runs: dict[int, Run] = {}
         self._by_key: dict[tuple[str, int, str], int] = {}
-        self._histories: dict[str, _History] = {}  # of jobs that have runs
+        self._numbers: dict[str, list[int]] = {}  # of the runs of each job that has any, rising
         self._open: dict[int, None] = {}  # numbers, rising
         self._all: list[int] = []  # numbers, rising; deleted ones linger, see `_SLACK`
         self._ends: list[tuple[int, int]] = []  # when an ended run ended and its number, rising; the same
@@ -70,7 +61,7 @@ class MemoryStore:
     async def commit(self, changes: Sequence[Change]) -> list[Result]:
         """As `JobStore.commit`. A few microseconds a change."""
         self._check_open()
-        return [self._commit(change) for change in changes]
+        return list(map(self._commit, changes))
 
     def _commit(self, change: Change) -> Result:
         job, expected = change.job, change.expected
@@ -80,23 +71,28 @@ class MemoryStore:
         created, updated = change.created, change.updated
         if created and (obstacle := self._existing(created)) is not None:
             return Exists(obstacle)
-        replaced = [self._replaceable(run, change.taken_from) for run in updated]
-        if 0 in replaced or (len(updated) > 1 and repeated(updated) is not None):
+        replaced = self._replaceable(updated, change.taken_from) if updated else ()
+        if replaced is None:
             return Stale(record)
         # From here on nothing stands in its way: it is written whole.
         version = 0 if expected is None else self._replace_job(change, record)
         if change.memory and job in self._jobs:
             self._remember(change)
-        for run, number in zip(updated, replaced, strict=True):
-            self._update(run, number)
-        return Committed(version, tuple([self._create(run) for run in created]) if created else ())
+        if updated:
+            for run, number in zip(updated, replaced, strict=True):
+                self._update(run, number)
+        return Committed(version, tuple(map(self._create, created)))
 
-    def _replaceable(self, run: Run, taken_from: str | None) -> int:
-        """The number of the open run that this one may replace; 0 if there is none."""
-        number = self._by_key.get((run.job, run.nominal, run.origin), 0)
-        if number not in self._open:
-            return 0
-        return number if self._runs[number].owner == (run.owner if taken_from is None else taken_from) else 0
+    def _replaceable(self, runs: Sequence[Run], taken_from: str | None) -> Sequence[int] | None:
+        """The numbers of the open runs that these may replace, all of them; None if one of them may not."""
+        numbers: list[int] = []
+        for run in runs:
+            number = self._by_key.get((run.job, run.nominal, run.origin), 0)
+            owner = run.owner if taken_from is None else taken_from
+            if number not in self._open or self._runs[number].owner != owner:
+                return None
+            numbers.append(number)
+        return numbers if len(runs) == 1 or repeated(runs) is None else None
 
     def _existing(self, created: Sequence[Run]) -> Run | None:
         for run in created:
@@ -110,15 +106,17 @@ class MemoryStore:
             self._jobs.pop(job, None)
             self._memory.pop(job, None)
             return 0
+        if state is None and definition is None:
+            return 0
         if record is not None:  # whose parts are shared where they stay
             job = record.id
-            state = record.state if state is None else state
+            state = state or record.state
             definition = record.definition if definition is None else definition
-        if state is None or definition is None or (change.state is None and change.definition is None):
-            return 0
-        self._version += 1
-        self._jobs[job] = JobRecord(job, definition, state, self._version)
-        return self._version
+        assert state is not None
+        assert definition is not None
+        version = self._version = self._version + 1
+        self._jobs[job] = JobRecord(job, definition, state, version)
+        return version
 
     def _remember(self, change: Change) -> None:
         memory = self._memory.setdefault(change.job, {})
@@ -135,14 +133,14 @@ class MemoryStore:
         job = run.job
         self._runs[number] = run = msgspec.structs.replace(run, number=number)
         self._by_key[job, run.nominal, run.origin] = number
-        history = self._histories.get(job)
-        if history is None:
-            history = self._histories[job] = _History()
-        history.numbers.append(number)
+        numbers = self._numbers.get(job)
+        if numbers is None:
+            self._numbers[job] = [number]
+        else:
+            numbers.append(number)
         self._all.append(number)
         if run.state.open:
             self._open[number] = None
-            history.open += 1
         else:
             self._note_end(run, number)
         return number
@@ -151,7 +149,6 @@ class MemoryStore:
         self._runs[number] = run if run.number == number else msgspec.structs.replace(run, number=number)
         if not run.state.open:
             del self._open[number]
-            self._histories[run.job].open -= 1
             self._note_end(run, number)
 
     def _note_end(self, run: Run, number: int) -> None:
@@ -196,8 +193,7 @@ class MemoryStore:
             return list(self._open)
         if query.job is None:
             return self._all
-        history = self._histories.get(query.job)
-        return () if history is None else history.numbers
+        return self._numbers.get(query.job, ())
 
     async def run(self, job: str, nominal: int, origin: str) -> Run | None:
         """As `JobStore.run`."""
@@ -235,13 +231,14 @@ class MemoryStore:
     # -------------------------------------------------------------------------------------- housekeeping
 
     async def prune(self, *, keep: int, before: int) -> int:
-        """As `JobStore.prune`: a look at each job, and time for each run that goes."""
+        """As `JobStore.prune`: a look at each job and each open run, and time for each run that goes."""
         self._check_open()
         doomed: set[int] = set()
-        for history in self._histories.values():
-            excess = len(history.numbers) - history.open - keep
+        opened = Counter(self._runs[number].job for number in self._open)
+        for job, numbers in self._numbers.items():
+            excess = len(numbers) - opened.get(job, 0) - keep
             if excess > 0:
-                doomed.update(islice((n for n in history.numbers if n not in self._open), excess))
+                doomed.update(islice((n for n in numbers if n not in self._open), excess))
         old = bisect_left(self._ends, (before, 0))
         doomed.update(number for _, number in self._ends[:old] if number in self._runs)
         del self._ends[:old]
@@ -255,11 +252,11 @@ class MemoryStore:
             del self._by_key[run.key]
             newest[run.job] = max(number, newest.get(run.job, 0))
         for job, number in newest.items():
-            numbers = self._histories[job].numbers
+            numbers = self._numbers[job]
             end = bisect_right(numbers, number)
             numbers[:end] = [n for n in numbers[:end] if n in self._runs]
             if not numbers:
-                del self._histories[job]
+                del self._numbers[job]
         # Taking each out of the long lists at once would take as long as the lists are.
         if len(self._all) > 2 * len(self._runs) + _SLACK:
             self._all = list(self._runs)

@@ -273,6 +273,16 @@ async def test_so_many_run_side_by_side() -> None:
 
 
 @virtual
+async def test_the_timeout_of_a_run_begins_when_it_does() -> None:
+    target = Target(seconds=5)
+    async with cron_over(target, max_concurrent_runs=1) as cron:
+        for name in "abc":
+            await cron.register(a_job(name, run=RunPolicy(timeout=6)))
+        await asyncio.sleep(80)
+        assert [await counts(cron, name) for name in "abc"] == [{"succeeded": 1}] * 3
+
+
+@virtual
 async def test_the_others_wait_for_one_of_the_places_of_all() -> None:
     target = Target(seconds=5)
     async with cron_over(target, max_concurrent_runs=2) as cron:
@@ -281,7 +291,21 @@ async def test_the_others_wait_for_one_of_the_places_of_all() -> None:
         await asyncio.sleep(61)
         statistics = cron.statistics()
         assert (statistics.running, statistics.waiting) == (2, 3)
+        shown = {run.job: run for run in await cron.runs()}
+        assert [(shown[name].started, shown[name].reason) for name in "be"] == [
+            (at(60), ""),
+            (None, "waiting for a place"),
+        ]
+        assert shown["e"].state.value == "running"
         await asyncio.sleep(20)
+        shown = {run.job: run for run in await cron.runs()}
+        assert [(shown[name].started, shown[name].duration) for name in "bce"] == [
+            (at(60), 5),
+            (at(65), 5),
+            (at(70), 5),
+        ]
+        assert (shown["e"].due, shown["e"].reason) == (at(60), "")
+        assert cron.statistics().lateness_p99 == pytest.approx(10, rel=0.2)
         assert [await counts(cron, name) for name in "abcde"] == [{"succeeded": 1}] * 5
     assert target.most == 2
     assert target.times == [60, 60, 65, 65, 70]

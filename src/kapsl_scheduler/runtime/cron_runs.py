@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
+import msgspec
+
 from kapsl_scheduler.core.firing import startable
 from kapsl_scheduler.core.jobs import moment
 from kapsl_scheduler.core.runs import Run, RunState
@@ -29,6 +31,10 @@ __all__ = ["Runs"]
 
 logger = logging.getLogger(__name__)
 
+WAITING: Final = "waiting for a place"
+"""The reason that a run is shown with which is dispatched, and for which `max_concurrent_runs` has no place yet."""
+WORTH_TELLING: Final = 10_000
+"""Microseconds after which a run has not begun when it was dispatched, but later."""
 IDLE_RUNNERS: Final = 8
 """Tasks that are kept for the next runs."""
 AT_ONCE: Final = 64
@@ -97,8 +103,11 @@ class Runs:
     def view(self, run: Run) -> CronRun:
         """The run as it is shown: with what it has done by now, if it goes on here."""
         for execution in self._of_job.get(run.job, ()) if run.state.open else ():
-            if execution.run.key == run.key:
-                return run_view(execution.on(run), execution.done)
+            if execution.run.key != run.key:
+                continue
+            if execution.task is None:
+                return run_view(msgspec.structs.replace(run, started=None, reason=WAITING))
+            return run_view(execution.on(execution.run), execution.done)
         return run_view(run)
 
     def launch(self, entry: Entry, run: Run) -> None:
@@ -161,8 +170,10 @@ class Runs:
 
     async def _see_through(self, execution: Execution, task: asyncio.Task[None]) -> None:
         """One run, to its end. `Execution.stop` is meant for the run, not for the runner, which forgives it."""
-        run = execution.run
-        self.figures.started(run, self.wall())
+        run, now = execution.run, self.wall()
+        if run.started is not None and now - run.started > WORTH_TELLING and run.attempt == 1:
+            run = execution.run = msgspec.structs.replace(run, started=now)
+        self.figures.started(run, now)
         if self._events.wanted:
             self.told("started", run.job, run)
         execution.task = task

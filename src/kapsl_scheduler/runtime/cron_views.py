@@ -17,7 +17,8 @@ __all__ = ["CronEvent", "CronJobInfo", "CronRun", "job_info", "run_view"]
 
 
 class CronRun(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One run. `nominal` is its time on the schedule, `due` when it was to start, `started` when it did.
+    """One run. `nominal` is its time on the schedule, `due` when it was to start, `started` when it did: None too for
+    one that is running by the books, and waits for one of the places of `max_concurrent_runs`.
 
     One record stands for `count` occurrences from `first` on where none of them ran. `reason` is a word for why it
     ended as it did, `error` the text of what went wrong. `requests`, `rows`, `input_bytes` and `output_bytes` are what

@@ -17,6 +17,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -43,9 +44,12 @@ from kapsl_scheduler.runtime.cron_manifest import declared_inputs
 from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
-from kapsl_scheduler.server.connection import Connection
-from kapsl_scheduler.server.cron import misfit
-from kapsl_scheduler.server.http import HttpApi
+from kapsl_scheduler.server.cron import NO_JOBS, CronApi, misfit
+from kapsl_scheduler.server.door import Connection
+from kapsl_scheduler.server.http import HttpApi, Part
+from kapsl_scheduler.server.metrics import Metrics
+from kapsl_scheduler.server.oip_http import OipApi
+from kapsl_scheduler.server.service import Service
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.stores.sqlite import SqliteStore
 
@@ -459,22 +463,20 @@ async def _serve_http(
     announce: Callable[[Listening], None],
     stop: asyncio.Event,
 ) -> None:
-    api = HttpApi(
-        registry,
-        version=_version(),
-        max_body_bytes=config.server.max_body_bytes,
-        max_in_flight=config.server.max_in_flight,
-        reload=models.reload,
-        unload=models.unload,
-        cron=cron,
-    )
+    service = Service(registry, version=_version(), max_in_flight=config.server.max_in_flight)
+    max_body_bytes = config.server.max_body_bytes
+    parts: list[Part] = [OipApi(service, reload=models.reload, unload=models.unload)]
+    if cron is not None:
+        parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
+    metrics = Metrics(service.version, cron)
+    api = HttpApi(service, max_body_bytes=max_body_bytes, metrics=metrics, parts=parts, absent=NO_JOBS)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     names = tuple(model.name for model in registry.list())
     server = _Server(
         uvicorn.Config(
             api,
-            http=Connection,
+            http=partial(Connection, api.inference),  # type: ignore[arg-type]  # it is called as a class would be
             ws="none",
             lifespan="off",
             log_config=None,
@@ -489,7 +491,7 @@ async def _serve_http(
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(server.serve([listener]))
         await stop.wait()
-        api.draining = True
+        service.draining = True
         models.stop()
         server.should_exit = True
         draining = {serving}

@@ -22,9 +22,9 @@ from kapsl_scheduler.server.oip import (
     decode_request,
     encode_reply,
     encode_request,
-    model_metadata,
     numpy_dtype_of,
 )
+from kapsl_scheduler.server.oip_models import model_metadata
 from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority, TensorSpec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -77,7 +77,9 @@ def test_a_reply_is_encoded(case: dict[str, Any]) -> None:
     call = InferCall(InferenceRequest({}), case.get("id", ""), outputs=wanted)
     outputs = {name: array_of(described) for name, described in case["outputs"].items()}
 
-    assert encode_reply(MODEL, "m", outputs, call).decode() == case["body"]
+    body, header_length = encode_reply(MODEL, "m", outputs, call)
+
+    assert (body.decode(), header_length) == (case["body"], None)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_numbers_that_are_none_are_null_in_a_long_tensor_too(monkeypatch: pytest
     monkeypatch.setattr(oip, "_PIECE_VALUES", 2)
     outputs = {"y": np.array([1, np.nan, np.inf, 2, 3], np.float32)}
 
-    body = encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({})))
+    body, _ = encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({})))
 
     assert json.loads(body)["outputs"][0]["data"] == [1, None, None, 2, 3]
     assert decode_reply(body).outputs["y"].shape == (5,)
@@ -306,7 +308,7 @@ def test_nested_data_means_what_flat_data_means(array: np.ndarray[Any, Any]) -> 
 @pytest.mark.slow
 @given(outputs=st.dictionaries(st.text(max_size=5), arrays(), max_size=3), id=st.text(max_size=5))
 def test_replies_come_back_as_they_were_sent(outputs: dict[str, np.ndarray[Any, Any]], id: str) -> None:
-    reply = decode_reply(encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({}), id)))
+    reply = decode_reply(*encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({}), id)))
 
     assert (reply.model_name, reply.model_version, reply.id) == ("m", "3", id)
     assert list(reply.outputs) == list(outputs)
@@ -316,7 +318,7 @@ def test_replies_come_back_as_they_were_sent(outputs: dict[str, np.ndarray[Any, 
 def test_a_number_that_is_none_comes_back_as_nan() -> None:
     outputs = {"y": np.array([np.nan, np.inf], np.float32)}
 
-    reply = decode_reply(encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({}))))
+    reply = decode_reply(*encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({}))))
 
     assert np.isnan(reply.outputs["y"]).all()
 

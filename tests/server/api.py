@@ -15,7 +15,11 @@ from kapsl_scheduler import BatchPolicy, CronScheduler, QueueOverflowPolicy, Que
 from kapsl_scheduler.engines import CallableEngine
 from kapsl_scheduler.ports import CronTarget, JobStore
 from kapsl_scheduler.runtime.registry import ModelRegistry
-from kapsl_scheduler.server.http import HttpApi
+from kapsl_scheduler.server.cron import NO_JOBS, CronApi
+from kapsl_scheduler.server.http import HttpApi, Part
+from kapsl_scheduler.server.metrics import Metrics
+from kapsl_scheduler.server.oip_http import OipApi
+from kapsl_scheduler.server.service import Service
 
 Function = Callable[..., Any]
 
@@ -48,7 +52,7 @@ class Server:
         self.registry = registry
         self.scheduler = scheduler
         self._cron = cron
-        self.api = HttpApi(registry, version="1.2.3", cron=cron, **limits)
+        self.api = api_over(registry, cron=cron, **limits)
         transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
 
@@ -59,6 +63,23 @@ class Server:
 
     async def infer(self, data: Any = (1, 2), path: str = "/v2/models/m/infer", **keys: Any) -> httpx.Response:
         return await self.client.post(path, content=body_of(data, **keys))
+
+
+def api_over(
+    registry: ModelRegistry[Function],
+    *,
+    version: str = "1.2.3",
+    cron: CronScheduler | None = None,
+    max_body_bytes: int = 64 << 20,
+    max_in_flight: int = 4096,
+    **repository: Any,
+) -> HttpApi:
+    """The application as the server puts it together. `repository` may have `reload` and `unload`."""
+    service = Service(registry, version=version, max_in_flight=max_in_flight)
+    parts: list[Part] = [OipApi(service, **repository)]
+    if cron is not None:
+        parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
+    return HttpApi(service, max_body_bytes=max_body_bytes, metrics=Metrics(version, cron), parts=parts, absent=NO_JOBS)
 
 
 class Targets:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gzip
 import threading
+import tracemalloc
+import zlib
 from typing import Any
 
 import pytest
 
-from kapsl_scheduler.server import http
+from kapsl_scheduler.server import inference
 from tests.server.api import Function, assert_error, body_of, double, exchange, serving
 
 
@@ -57,25 +59,79 @@ async def test_a_body_in_pieces_is_put_together() -> None:
     assert status == 200
 
 
+def bodies(encoding: str) -> bytes:
+    return gzip.compress(body_of()) if encoding == "gzip" else zlib.compress(body_of())
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_packed_body_is_unpacked(encoding: str) -> None:
+    async with serving() as server:
+        path, headers = "/v2/models/m/infer", {"content-encoding": encoding}
+        answer = await server.client.post(path, content=bodies(encoding), headers=headers)
+        broken = await server.client.post(path, content=b"no such thing", headers=headers)
+        cut_short = await server.client.post(path, content=bodies(encoding)[:-1], headers=headers)
+        more = await server.client.post(path, content=bodies(encoding) + b"x", headers=headers)
+
+    assert answer.status_code == 200
+    for response in (broken, cut_short, more):
+        assert assert_error(response, 400, "invalid_input").startswith("content-encoding: ")
+
+
+async def test_400_for_a_body_that_is_packed_in_another_way() -> None:
+    async with serving() as server:
+        path = "/v2/models/m/infer"
+        other = await server.client.post(path, content=body_of(), headers={"content-encoding": "br"})
+        plain = await server.client.post(path, content=body_of(), headers={"content-encoding": "identity"})
+
+    expected = "content-encoding: 'br' came, expected one of gzip, deflate, identity"
+    assert assert_error(other, 400, "invalid_input") == expected
+    assert plain.status_code == 200
+
+
+@pytest.mark.parametrize("size", [1 << 20, 200 << 20])
+async def test_413_for_a_body_that_is_too_large_once_it_is_unpacked(size: int) -> None:
+    """The larger one is 200 kB as it comes; none of it is unpacked beyond the bound."""
+    packing = zlib.compressobj(9, wbits=31)
+    bomb = b"".join([*(packing.compress(bytes(1 << 20)) for _ in range(size >> 20)), packing.flush()])
+    tracemalloc.start()
+    try:
+        async with serving(max_body_bytes=900_000) as server:
+            response = await server.client.post(
+                "/v2/models/m/infer", content=bomb, headers={"content-encoding": "gzip"}
+            )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert_error(response, 413, "resource_exhausted")
+    assert peak < 8 << 20
+
+
 @pytest.mark.parametrize(
-    ("header", "value", "body", "said"),
+    ("accepted", "packed"),
     [
-        ("content-encoding", "gzip", gzip.compress(body_of()), "a compressed body came (content-encoding: gzip)"),
-        (
-            "inference-header-content-length",
-            "76",
-            b'{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","parameters":{"binary_data_size":8}}]}' + bytes(8),
-            "binary tensor data came (inference-header-content-length: 76)",
-        ),
+        ("gzip", "gzip"),
+        ("deflate, gzip;q=0.5", "deflate"),
+        ("gzip;q=0, *", "deflate"),
+        ("*;q=0.1", "gzip"),
+        ("br", None),
+        ("gzip;q=0", None),
+        ("gzip;q=x", None),
+        ("", None),
     ],
 )
-async def test_400_for_a_body_in_another_form_names_the_form(header: str, value: str, body: bytes, said: str) -> None:
-    async with serving() as server:
-        response = await server.client.post("/v2/models/m/infer", content=body, headers={header: value})
-        plain = await server.client.post("/v2/models/m/infer", content=body_of(), headers={header: "identity"})
+async def test_a_long_answer_is_packed_as_the_client_takes_it(accepted: str, packed: str | None) -> None:
+    rows = 300
+    inputs = [{"name": "x", "shape": [rows, 2], "datatype": "FP32", "data": [0.5] * rows * 2}]
+    async with serving(max_batch_size=rows) as server:
+        headers = {"accept-encoding": accepted}
+        path = "/v2/models/m/infer"
+        answer = await server.client.post(path, content=body_of(inputs=inputs), headers=headers)
+        short = await server.client.post(path, content=body_of(), headers=headers)
 
-    assert assert_error(response, 400, "invalid_input").startswith(said)
-    assert plain.status_code == 200
+    assert answer.headers.get("content-encoding") == packed
+    assert answer.json()["outputs"][0]["data"] == [1.0] * rows * 2
+    assert "content-encoding" not in short.headers
 
 
 async def test_long_requests_and_answers_do_not_keep_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,14 +139,14 @@ async def test_long_requests_and_answers_do_not_keep_the_loop(monkeypatch: pytes
     here = threading.get_ident()
 
     def recorded(function: Function) -> Function:
-        def record(*arguments: Any) -> Any:
+        def record(*arguments: Any, **options: Any) -> Any:
             threads[function.__name__].append(threading.get_ident() != here)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return record
 
-    for function in (http.decode_request, http.encode_reply):
-        monkeypatch.setattr(http, function.__name__, recorded(function))
+    for function in (inference.decode_request, inference.encode_reply):
+        monkeypatch.setattr(inference, function.__name__, recorded(function))
     rows = 20_000
     long = {"name": "x", "shape": [rows, 2], "datatype": "FP32", "data": [0.123456789012345] * rows * 2}
     async with serving(max_body_bytes=2 << 20, max_batch_size=rows) as server:
@@ -103,14 +159,14 @@ async def test_long_requests_and_answers_do_not_keep_the_loop(monkeypatch: pytes
 
 async def test_a_model_that_is_replaced_while_a_request_is_decoded_answers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     decoding, replaced = asyncio.Event(), threading.Event()
-    loop, decode = asyncio.get_running_loop(), http.decode_request
+    loop, decode = asyncio.get_running_loop(), inference.decode_request
 
-    def slow(body: bytes) -> Any:
+    def slow(body: bytes, *more: Any, **options: Any) -> Any:
         loop.call_soon_threadsafe(decoding.set)
         replaced.wait()
-        return decode(body)
+        return decode(body, *more, **options)
 
-    monkeypatch.setattr(http, "decode_request", slow)
+    monkeypatch.setattr(inference, "decode_request", slow)
     async with serving(max_body_bytes=1 << 20) as server, asyncio.TaskGroup() as group:
         path = "/v2/models/m/infer"
         asked = group.create_task(server.client.post(path, content=body_of() + b" " * (600 << 10)))

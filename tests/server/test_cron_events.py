@@ -95,16 +95,14 @@ async def test_the_stream_ends_when_the_scheduler_is_closed() -> None:
         await until(lambda: listener.complete)
 
 
-async def test_silence_is_broken_by_comments() -> None:
-    async with serving_jobs() as server:
-        assert server.api._cron is not None
-        server.api._cron._streams.keep_alive = 0.001
-        async with listening(server) as listener:
-            listener.wanted = b": still here\n\n"
-            async with asyncio.timeout(5.0):
-                await listener.came.wait()
-            await put(server)  # and it goes on
-            await until(lambda: bool(listener.events()))
+async def test_silence_is_broken_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "KEEP_ALIVE", 0.001)
+    async with serving_jobs() as server, listening(server) as listener:
+        listener.wanted = b": still here\n\n"
+        async with asyncio.timeout(5.0):
+            await listener.came.wait()
+        await put(server)  # and it goes on
+        await until(lambda: bool(listener.events()))
 
 
 async def test_listeners_are_bounded_and_those_that_go_make_room(monkeypatch: pytest.MonkeyPatch) -> None:

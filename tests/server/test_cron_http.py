@@ -433,7 +433,7 @@ async def test_an_expression_is_explained() -> None:
 async def test_while_the_server_closes_jobs_are_shown_and_not_changed() -> None:
     async with serving_jobs() as server:
         await put(server)
-        server.api.draining = True
+        server.api.inference.service.draining = True
         refused = [
             await put(server),
             await put(server, "new"),

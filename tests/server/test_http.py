@@ -33,9 +33,10 @@ from kapsl_scheduler.errors import (
     Unavailable,
 )
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
-from kapsl_scheduler.server.http import HttpApi, status_of
+from kapsl_scheduler.server.answers import status_of
+from kapsl_scheduler.server.oip_http import EXTENSIONS
 from kapsl_scheduler.types import InferenceResponse, ModelInfo, Priority
-from tests.server.api import Gate, assert_error, body_of, double, exchange, serving, until
+from tests.server.api import Gate, api_over, assert_error, body_of, double, exchange, serving, until
 
 # ------------------------------------------------------------------------------------------ what works
 
@@ -63,7 +64,7 @@ async def test_health_metadata_and_index() -> None:
         }
         index = await server.client.post("/v2/repository/index")
 
-    assert answers["/v2"] == {"name": "kapsl-scheduler", "version": "1.2.3", "extensions": ["schedule_policy"]}
+    assert answers["/v2"] == {"name": "kapsl-scheduler", "version": "1.2.3", "extensions": list(EXTENSIONS)}
     assert answers["/v2/health/live"] == {"live": True}
     assert answers["/v2/health/ready"] == {"ready": True}
     assert answers["/v2/models/m/versions/3/ready"] == {"name": "m", "ready": True}
@@ -92,7 +93,7 @@ async def test_a_model_is_loaded_anew_by_name() -> None:
             asked.append(name)
             return server.registry.get(name)
 
-        api = HttpApi(server.registry, version="1", reload=reload)
+        api = api_over(server.registry, reload=reload)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://server") as client:
             path = "/v2/repository/models/m/load"
             answers = [await client.post(path, content=body) for body in (b"", b"{}", b'{"parameters":{}}')]
@@ -114,14 +115,14 @@ async def test_a_model_is_loaded_anew_by_name() -> None:
 
 async def test_a_model_is_unloaded_by_name() -> None:
     async with serving() as server:
-        api = HttpApi(server.registry, version="1", unload=server.registry.unload)
+        api = api_over(server.registry, unload=server.registry.unload)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://server") as client:
             path = "/v2/repository/models/m/unload"
-            refused = await client.post(path, content=b'{"parameters":{"unload_dependents":true}}')
-            done = await client.post(path)
+            refused = await client.post(path, content=b'{"parameters":{"config":"{}"}}')
+            done = await client.post(path, content=b'{"parameters":{"unload_dependents":true}}')
             again = await client.post(path)
 
-        assert "unload_dependents" in assert_error(refused, 400, "invalid_input")
+        assert "config" in assert_error(refused, 400, "invalid_input")
         assert (done.status_code, done.json()) == (200, {})
         assert_error(again, 404, "model_not_loaded")
         assert_error(await server.client.post(path), 404, "not_found")
@@ -274,7 +275,7 @@ async def test_503_with_retry_after_when_the_scheduler_is_closed() -> None:
 
 async def test_a_draining_server_is_not_ready_but_answers() -> None:
     async with serving() as server:
-        server.api.draining = True
+        server.api.inference.service.draining = True
 
         assert (await server.client.get("/v2/health/ready")).status_code == 503
         assert (await server.client.get("/v2/models/m/ready")).status_code == 503
@@ -330,7 +331,7 @@ async def recording() -> AsyncIterator[tuple[Recording, httpx.AsyncClient]]:
 
     async with ModelRegistry(start) as registry:
         await registry.load("m", None)
-        transport = httpx.ASGITransport(HttpApi(registry, version="1"), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(api_over(registry), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             yield scheduler, client
 

@@ -234,6 +234,7 @@ class SchedulerStatistics(msgspec.Struct, frozen=True):
     calls_in_flight: int
     streams_in_flight: int
     slots: int
+    max_batch_size: int
     busy_time: float
     batch_sizes: Mapping[int, int]
     classes: Mapping[str, ClassStatistics]

@@ -299,6 +299,7 @@ def report(books: Books, dispatches: Sequence[Dispatch]) -> SchedulerStatistics:
         calls_in_flight=calls_in_flight,
         streams_in_flight=streams_in_flight,
         slots=slots,
+        max_batch_size=dispatches[0].batch_policy.max_batch_size,
         busy_time=books.busy_time,
         batch_sizes=dict(sorted(books.batch_sizes.items())),
         classes=classes,

@@ -28,13 +28,17 @@ from kapsl_scheduler.runtime.cron_metrics import CronStatistics
 from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
 from kapsl_scheduler.runtime.cron_views import CronJobInfo, CronRun
 from kapsl_scheduler.runtime.registry import ModelRegistry
-from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, json_response, read_body
+from kapsl_scheduler.server.answers import json_response
+from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, read_body
 from kapsl_scheduler.server.event_stream import EventStreams
 from kapsl_scheduler.types import InferenceRequest, ModelInfo
 
-__all__ = ["CronApi", "misfit"]
+__all__ = ["NO_JOBS", "CronApi", "misfit"]
 
 Asked = TypeVar("Asked", bound=msgspec.Struct)
+
+NO_JOBS: Final = {"/v2/cron/": "this server runs no jobs: it was started with --no-cron"}
+"""What `HttpApi` is to say where there is no `CronApi`."""
 
 _JOBS: Final = "/v2/cron/jobs/"
 _PAGE: Final = 100

@@ -25,10 +25,9 @@ KEEP_ALIVE: Final = 15.0
 
 
 class EventStreams:
-    """Opens streams of `events`, a bounded number at a time. `keep_alive` is in seconds."""
+    """Opens streams of `events`, a bounded number at a time."""
 
-    def __init__(self, events: Callable[[], AsyncGenerator[CronEvent, None]], keep_alive: float = KEEP_ALIVE) -> None:
-        self.keep_alive = keep_alive
+    def __init__(self, events: Callable[[], AsyncGenerator[CronEvent, None]]) -> None:
         self._events = events
         self._open = 0
 
@@ -49,7 +48,7 @@ class EventStreams:
                 if following is None:
                     following = asyncio.create_task(_next(events))
                 waited: set[asyncio.Task[Any]] = {following, gone}
-                await asyncio.wait(waited, timeout=self.keep_alive, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(waited, timeout=KEEP_ALIVE, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
                     return
                 if not following.done():

@@ -1,8 +1,9 @@
-"""The Open Inference Protocol v2 in JSON: bytes to arrays and back, for the server and for the client.
+"""The Open Inference Protocol v2 in JSON and with the binary tensor extension: bytes to arrays and back, for the
+server and for the client.
 
 `InferCall` is what any encoding of a request is decoded to; nothing behind this module sees bytes. A tensor
-is held to what it says of itself. What is not here: HTTP (`server.http`) and the fit of the inputs to a model
-(`core.admission`).
+is held to what it says of itself. What is not here: HTTP (`server.http`), the bytes of a tensor (`server.oip_raw`), and
+the fit of the inputs to a model (`core.admission`).
 
 JSON has no NaN and no infinity: in an answer they are `null`, in a request they are refused.
 """
@@ -20,13 +21,13 @@ import msgspec
 import numpy as np
 
 from kapsl_scheduler.errors import InferenceError, InvalidInput
+from kapsl_scheduler.server.oip_raw import CANONICAL, RawBytes, decode_raw, decode_strings, encode_raw
 from kapsl_scheduler.types import (
     Array,
     InferenceRequest,
     ModelInfo,
     Priority,
     Tensors,
-    TensorSpec,
     dtype_name,
     numpy_dtype,
 )
@@ -40,21 +41,13 @@ __all__ = [
     "decode_request",
     "encode_reply",
     "encode_request",
-    "model_metadata",
     "numpy_dtype_of",
     "priority_from_oip",
 ]
 
 # --------------------------------------------------------------------------------------------- datatypes
 
-_CANONICAL: Final[Mapping[str, str]] = {
-    "BOOL": "bool",
-    **{f"INT{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"UINT{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-    **{f"FP{bits}": f"float{bits}" for bits in (16, 32, 64)},
-    "BYTES": "string",
-}
-_DATATYPES: Final[Mapping[str, str]] = {canonical: datatype for datatype, canonical in _CANONICAL.items()}
+_DATATYPES: Final[Mapping[str, str]] = {canonical: datatype for datatype, canonical in CANONICAL.items()}
 
 # Deeper nesting than this is refused; a flat list may have any rank.
 _MAX_NESTING: Final = 8
@@ -76,7 +69,7 @@ class _Kind:
     __slots__ = ("decoders", "dtype", "expected")
 
     def __init__(self, datatype: str) -> None:
-        self.dtype = numpy_dtype(_CANONICAL[datatype])
+        self.dtype = numpy_dtype(CANONICAL[datatype])
         element, self.expected = self._element(datatype)
         self.decoders: list[msgspec.json.Decoder[Any]] = []
         for _ in range(_MAX_NESTING):
@@ -100,7 +93,7 @@ class _Kind:
         return Annotated[int, constraint], f"an integer from {bounds.min} to {bounds.max}"
 
 
-_KINDS: Final[Mapping[str, _Kind]] = {datatype: _Kind(datatype) for datatype in _CANONICAL}
+_KINDS: Final[Mapping[str, _Kind]] = {datatype: _Kind(datatype) for datatype in CANONICAL}
 
 
 _DATATYPE_OF_DTYPE: Final = {kind.dtype: datatype for datatype, kind in _KINDS.items()}  # `dtype.name` takes 5 µs
@@ -129,7 +122,8 @@ def priority_from_oip(priority: int) -> Priority | None:
 class InferCall(msgspec.Struct):
     """One decoded call, whatever encoding it came in.
 
-    `priority` None is the model's default class; `timeout` is in seconds; `outputs` None asks for all.
+    `priority` None is the model's default class; `timeout` is in seconds; `outputs` None asks for all. `binary` says
+    which outputs are to come back as bytes: all (True), none, or those of these names.
     """
 
     request: InferenceRequest
@@ -137,6 +131,7 @@ class InferCall(msgspec.Struct):
     priority: Priority | None = None
     timeout: float | None = None
     outputs: tuple[str, ...] | None = None
+    binary: bool | frozenset[str] = False
 
 
 # JSON's integers have no end; one that floats or the text of an error cannot hold must not come past the decoder.
@@ -147,20 +142,35 @@ _Name = Annotated[str, msgspec.Meta(max_length=1024)]
 _PerTensor = msgspec.Meta(max_length=1024)
 
 
+class _WireInputParameters(msgspec.Struct):
+    binary_data_size: _Unsigned | None = None
+    shared_memory_region: msgspec.Raw | None = None
+
+
 class _WireInput(msgspec.Struct):
     name: _Name
     shape: Annotated[list[_Unsigned], msgspec.Meta(max_length=32)]  # numpy's own limit, 64 since its 2.0
     datatype: Annotated[str, msgspec.Meta(max_length=64)]
     data: msgspec.Raw = msgspec.Raw(b"")
+    parameters: _WireInputParameters | None = None
+
+
+class _WireOutputParameters(msgspec.Struct):
+    binary_data: bool | None = None
+    classification: _Unsigned = 0
+    shared_memory_region: msgspec.Raw | None = None
 
 
 class _WireRequestedOutput(msgspec.Struct):
     name: _Name
+    parameters: _WireOutputParameters | None = None
 
 
 class _WireParameters(msgspec.Struct):
     priority: _Unsigned = 0
     timeout: _Unsigned = 0
+    sequence_id: _Unsigned | Annotated[str, msgspec.Meta(max_length=1024)] = 0
+    binary_data_output: bool = False
 
 
 class _WireRequest(msgspec.Struct):
@@ -177,23 +187,62 @@ class _WireTensor(msgspec.Struct):
     data: Any  # a list, or one that is encoded already
 
 
+class _WireSize(msgspec.Struct, gc=False):
+    binary_data_size: int
+
+
+class _WireRawTensor(msgspec.Struct, gc=False):
+    name: str
+    shape: tuple[int, ...]
+    datatype: str
+    parameters: _WireSize
+
+
 class _WireReply(msgspec.Struct, omit_defaults=True):
     model_name: str
     model_version: str = ""
     id: str = ""
-    outputs: list[_WireTensor] = []
+    outputs: list[Any] = []
+
+
+class _ReadTensor(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any] = []
+    parameters: _WireSize | None = None
+
+
+class _ReadReply(msgspec.Struct):
+    model_name: str
+    model_version: str = ""
+    id: str = ""
+    outputs: list[_ReadTensor] = []
 
 
 _REQUEST: Final = msgspec.json.Decoder(_WireRequest)
-_REPLY: Final = msgspec.json.Decoder(_WireReply)
+_REPLY: Final = msgspec.json.Decoder(_ReadReply)
 _ENCODER: Final = msgspec.json.Encoder()
 _OPENING: Final = re.compile(rb"[\s\[]*")
 _ELEMENT_PATH: Final = re.compile(r"`\$((?:\[\d+\])+)`")
 
 
-def decode_request(body: bytes | bytearray | memoryview) -> InferCall:
-    """The call in a request body. Raises `InvalidInput` with every tensor's fault, or with what is wrong with
-    the JSON around them."""
+def decode_request(
+    body: bytes | bytearray | memoryview, header_length: int | None = None, *, model: ModelInfo | None = None
+) -> InferCall:
+    """The call in a request body. With a `header_length` (`Inference-Header-Content-Length`) so many bytes of it are
+    JSON, behind which the tensors come as bytes; 0 is a body that is the one input of the `model`, and nothing else.
+
+    Raises `InvalidInput` with every tensor's fault, or with what is wrong with the JSON around them.
+    """
+    raw = None
+    if header_length is not None:
+        if header_length > len(body):
+            raise InvalidInput(f"inference-header-content-length: {header_length} came, the body has {len(body)} bytes")
+        if header_length == 0:
+            return InferCall(InferenceRequest(_lone_input(body, model)), binary=True)
+        raw = RawBytes(body, header_length)
+        body = memoryview(body)[:header_length]
     try:
         wire = _REQUEST.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -204,21 +253,84 @@ def decode_request(body: bytes | bytearray | memoryview) -> InferCall:
         try:
             if tensor.name in inputs:
                 raise InvalidInput(f"input {tensor.name!r} came twice, expected once")
-            inputs[tensor.name] = _decode_tensor(tensor)
+            inputs[tensor.name] = _decode_tensor(tensor) if tensor.parameters is None else _decode_raw(tensor, raw)
         except InvalidInput as error:
             faults.append(str(error))
+    if not faults and raw is not None and raw.left:
+        faults.append(f"{raw.left} bytes came behind the last tensor, expected none")
     if faults:
         raise InvalidInput("; ".join(faults))
     call = InferCall(InferenceRequest(inputs), wire.id or "")
     if wire.parameters is not None:
         call.priority = priority_from_oip(wire.parameters.priority)
         call.timeout = wire.parameters.timeout / 1e6 if wire.parameters.timeout else None
+        call.binary = wire.parameters.binary_data_output
+        if wire.parameters.sequence_id:
+            call.request.session_id = str(wire.parameters.sequence_id)
     if wire.outputs:
-        call.outputs = tuple(output.name for output in wire.outputs)
-        if len(set(call.outputs)) < len(call.outputs):
-            twice = next(name for name, count in Counter(call.outputs).items() if count > 1)
-            raise InvalidInput(f"output {twice!r} was asked for twice, expected once")
+        _ask_for(call, wire.outputs)
     return call
+
+
+def _ask_for(call: InferCall, wanted: Sequence[_WireRequestedOutput]) -> None:
+    """Which outputs, and in which form."""
+    call.outputs = tuple(output.name for output in wanted)
+    if len(set(call.outputs)) < len(call.outputs):
+        twice = next(name for name, count in Counter(call.outputs).items() if count > 1)
+        raise InvalidInput(f"output {twice!r} was asked for twice, expected once")
+    binary: set[str] = set()
+    for output in wanted:
+        parameters = output.parameters or _NO_PARAMETERS
+        if parameters.shared_memory_region is not None:
+            raise InvalidInput(f"output {output.name!r}: {_NO_SHARED_MEMORY}")
+        if parameters.classification:
+            raise InvalidInput(f"output {output.name!r}: classification is not offered, ask for the tensor")
+        if call.binary if parameters.binary_data is None else parameters.binary_data:
+            binary.add(output.name)
+    call.binary = len(binary) == len(wanted) or (frozenset(binary) if binary else False)
+
+
+_NO_PARAMETERS: Final = _WireOutputParameters()
+_NO_SHARED_MEMORY: Final = "shared memory is not offered, expected the tensor in the body"
+
+
+def _decode_raw(tensor: _WireInput, raw: RawBytes | None) -> Array:
+    """A tensor with parameters, which say how its data comes."""
+    assert tensor.parameters is not None
+    where = f"input {tensor.name!r}"
+    if tensor.parameters.shared_memory_region is not None:
+        raise InvalidInput(f"{where}: {_NO_SHARED_MEMORY}")
+    size = tensor.parameters.binary_data_size
+    if size is None:
+        return _decode_tensor(tensor)
+    if raw is None:
+        raise InvalidInput(f"{where}: binary_data_size came, expected with an inference-header-content-length header")
+    if bytes(tensor.data):
+        raise InvalidInput(f"{where}: data came as JSON and as bytes, expected one of them")
+    return decode_raw(tensor.datatype, tensor.shape, raw.take(size, where), where)
+
+
+def _lone_input(body: bytes | bytearray | memoryview, model: ModelInfo | None) -> dict[str, Array]:
+    """A body without JSON. One dimension may be open, and follows from the length."""
+    if model is None or len(model.inputs) != 1:
+        number = 0 if model is None else len(model.inputs)
+        raise InvalidInput(f"a body without JSON is for a model with one input, and this one has {number}")
+    spec = model.inputs[0]
+    shape = [dimension if isinstance(dimension, int) else -1 for dimension in spec.shape]
+    where = f"input {spec.name!r}"
+    if spec.dtype == "string":
+        array = decode_strings(body, where)
+    else:
+        dtype = numpy_dtype(spec.dtype)
+        if len(body) % dtype.itemsize:
+            raise InvalidInput(f"{where}: {len(body)} bytes came, expected elements of {dtype.itemsize}")
+        array = np.frombuffer(body, dtype)
+    try:
+        if shape.count(-1) > 1:
+            shape = [1 if dimension < 0 and index else dimension for index, dimension in enumerate(shape)]
+        return {spec.name: array.reshape(shape)}
+    except ValueError:
+        raise InvalidInput(f"{where}: {array.size} elements came, expected shape {list(spec.shape)}") from None
 
 
 def _decode_tensor(tensor: _WireInput) -> Array:
@@ -337,8 +449,9 @@ def check_outputs(wanted: Iterable[str], known: Iterable[str]) -> None:
             raise InvalidInput(f"output {name!r} was asked for, expected one of {expected}")
 
 
-def encode_reply(model: ModelInfo, name: str, outputs: Tensors, call: InferCall) -> bytes:
-    """The answer to a call: the outputs that it asked for, in its order; all of them if it named none.
+def encode_reply(model: ModelInfo, name: str, outputs: Tensors, call: InferCall) -> tuple[bytes, int | None]:
+    """The answer to a call: the outputs that it asked for, in its order; all of them if it named none. With it, where
+    it has outputs as bytes, the number of those of JSON before them.
 
     Raises `InvalidInput` for an output that the model did not return and `InferenceError` for one that JSON
     cannot carry (bytes that are not UTF-8).
@@ -348,19 +461,37 @@ def encode_reply(model: ModelInfo, name: str, outputs: Tensors, call: InferCall)
     else:
         check_outputs(call.outputs, outputs)
         chosen = [(wanted, outputs[wanted]) for wanted in call.outputs]
-    return _ENCODER.encode(_WireReply(name, model.version, call.id, _encode_tensors(chosen)))
+    binary = call.binary
+    if not binary:
+        return _ENCODER.encode(_WireReply(name, model.version, call.id, _encode_tensors(chosen))), None
+    tensors: list[Any] = []
+    raws: list[bytes] = []
+    for output, array in chosen:
+        if binary is True or output in binary:
+            raws.append(encode_raw(array))
+            datatype = _DATATYPE_OF_DTYPE.get(array.dtype) or datatype_of(dtype_name(array.dtype))
+            tensors.append(_WireRawTensor(output, array.shape, datatype, _WireSize(len(raws[-1]))))
+        else:
+            tensors.append(_encode_tensor(output, array))
+    header = _ENCODER.encode(_WireReply(name, model.version, call.id, tensors))
+    return b"".join((header, *raws)), len(header)
 
 
-def decode_reply(body: bytes) -> InferReply:
+def decode_reply(body: bytes, header_length: int | None = None) -> InferReply:
     """The answer in a response body; `null` in a floating-point output is NaN. Raises `InferenceError` for
     a body that is no answer."""
+    raw = None if header_length is None else RawBytes(body, header_length)
     try:
-        wire = _REPLY.decode(body)
+        wire = _REPLY.decode(body if header_length is None else memoryview(body)[:header_length])
         outputs = {
             tensor.name: np.array(tensor.data, _KINDS[tensor.datatype].dtype).reshape(tensor.shape)
+            if tensor.parameters is None or raw is None
+            else decode_raw(
+                tensor.datatype, tensor.shape, raw.take(tensor.parameters.binary_data_size, tensor.name), tensor.name
+            )
             for tensor in wire.outputs
         }
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (msgspec.DecodeError, InvalidInput, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InferenceError(f"the server's answer cannot be read: {error}") from error
     return InferReply(outputs, wire.model_name, wire.model_version, wire.id)
 
@@ -387,19 +518,3 @@ def _encode_tensor(name: str, array: Array) -> _WireTensor:
             raise InferenceError(message) from None
     datatype = _DATATYPE_OF_DTYPE.get(array.dtype) or datatype_of(dtype_name(array.dtype))
     return _WireTensor(name, list(array.shape), datatype, data)
-
-
-def model_metadata(name: str, model: ModelInfo) -> dict[str, Any]:
-    """The metadata answer; a dimension that is not fixed is -1."""
-
-    def tensor(spec: TensorSpec) -> dict[str, Any]:
-        shape = [dimension if isinstance(dimension, int) else -1 for dimension in spec.shape]
-        return {"name": spec.name, "datatype": datatype_of(spec.dtype), "shape": shape}
-
-    return {
-        "name": name,
-        "versions": [model.version],
-        "platform": model.framework,
-        "inputs": [tensor(spec) for spec in model.inputs],
-        "outputs": [tensor(spec) for spec in model.outputs],
-    }

@@ -1,0 +1,301 @@
+"""One HTTP connection. The infer route is answered here, from the connection's bytes to its bytes, without a framework
+in between; every other route is the application's.
+
+It is uvicorn's protocol with another cycle for inference requests, a bound on heads, and JSON for what ends below the
+routes. What is not here: what an inference answers (`server.inference`), other routes (`server.http`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from http import HTTPStatus
+from time import perf_counter_ns
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from kapsl_scheduler.errors import Cancelled, EngineError, Overloaded, ResourceExhausted
+from kapsl_scheduler.server.answers import Answer, error_answer, error_body
+from kapsl_scheduler.server.bodies import check_size
+from kapsl_scheduler.server.inference import Inference
+
+__all__ = ["MAX_HEAD_BYTES", "Connection"]
+
+MAX_HEAD_BYTES: Final = 64 << 10
+"""How much may come without the end of a request's head, or of the trailers after its body. The parser keeps all of
+it: without a bound one connection could fill the memory."""
+
+AHEAD: Final = 16
+"""Inference requests that may be sent ahead of an answer before the connection is read no further. While it is not
+read, it is not seen that its client has gone."""
+
+_INFER: Final = re.compile(rb"/v2/models/([^/?#]+)(?:/versions/([^/?#]+))?/infer(?:[?#].*)?")
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_CLOSE: Final = b"connection: close\r\n"
+
+
+class Connection(HttpToolsProtocol):
+    """Answers inference requests by `inference`. Refuses an endless head with 431; says what is no HTTP in JSON, as
+    every other error."""
+
+    _unfinished = 0
+    """Bytes since a head was complete or a piece of a body came, where data is being received."""
+    _dates: tuple[Any, bytes] = (None, b"")
+    """uvicorn's headers of every answer, of which the date changes each second, and the same as lines."""
+
+    def __init__(self, inference: Inference | None, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.running: _Exchange | None = None  # the one whose turn it is, until it is answered
+        self._inference = inference
+
+    def data_received(self, data: bytes) -> None:
+        self._unfinished += len(data)
+        super().data_received(data)
+        if self._unfinished > MAX_HEAD_BYTES and not self.transport.is_closing():
+            message = f"the head of the request has more than {MAX_HEAD_BYTES} bytes"
+            self._end(error_body(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message, "head_too_large"))
+
+    def on_message_begin(self) -> None:
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
+
+    def on_headers_complete(self) -> None:
+        self._unfinished = 0
+        if (
+            self._inference is not None
+            and (route := _INFER.fullmatch(self.url)) is not None
+            and self.parser.get_method() == b"POST"
+            and not self.parser.should_upgrade()
+        ):
+            self._begin_inference(self._inference, *route.groups())
+            return
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()  # which makes what an application is told of the request
+        self.url, self.expect_100_continue = url, expects
+        self.headers += headers
+        super().on_headers_complete()
+
+    def _begin_inference(self, inference: Inference, name: bytes, version: bytes | None) -> None:
+        before = self.cycle
+        headers = dict(self.headers)
+        keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        self.cycle = exchange = _Exchange(self, inference, name, version, headers, keep_alive)  # type: ignore[assignment]
+        if before is not None and not before.response_complete:
+            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+            if len(self.pipeline) >= AHEAD:
+                self.flow.pause_reading()
+        else:
+            exchange.its_turn()
+
+    def on_body(self, body: bytes) -> None:
+        self._unfinished = 0
+        cycle: Any = self.cycle
+        if type(cycle) is _Exchange:
+            cycle.take(body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        cycle: Any = self.cycle
+        if type(cycle) is _Exchange:
+            cycle.complete()
+        else:
+            super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """What uvicorn calls for a request that waited for its turn."""
+        if type(cycle) is _Exchange:
+            cycle.its_turn()
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # Not only for the latest, as uvicorn has it.
+        waiting: Any = self.pipeline
+        for cycle, _ in waiting:
+            if type(cycle) is _Exchange:
+                cycle.lost()
+        if self.running is not None:
+            self.running.lost()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self.running = None
+        super().on_response_complete()
+
+    def date_lines(self) -> bytes:
+        """Headers of every answer, each with its end."""
+        now = self.server_state.default_headers
+        known, lines = self._dates
+        if known is not now:
+            lines = b"".join(b"%b: %b\r\n" % header for header in now)
+            self._dates = (now, lines)
+        return lines
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls when the parser fails."""
+        self._end(error_body(HTTPStatus.BAD_REQUEST, msg, "bad_request"))
+
+    def _end(self, answer: Answer) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # else it would stand within another answer
+            self.transport.write(answer.head(_CLOSE) + answer.body)
+        self.transport.close()
+
+
+class _Exchange:
+    """An inference request and its answer, where uvicorn has a cycle of its application: uvicorn reads
+    `response_complete`, sets `keep_alive` and `disconnected`, and sets the `message_event` of one whose connection is
+    lost.
+
+    It is answered once its body is complete and it is its turn. Until then it is one of the service's requests in
+    flight: a client that is slow to send holds memory too.
+    """
+
+    __slots__ = (
+        "_body",
+        "_complete",
+        "_connection",
+        "_headers",
+        "_inference",
+        "_left",
+        "_model",
+        "_refused",
+        "_size",
+        "_task",
+        "_turn",
+        "_version",
+        "disconnected",
+        "keep_alive",
+        "message_event",
+        "response_complete",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        inference: Inference,
+        model: bytes,
+        version: bytes | None,
+        headers: dict[bytes, bytes],
+        keep_alive: bool,
+    ) -> None:
+        self._connection = connection
+        self._inference = inference
+        self._model = model
+        self._version = version
+        self._headers = headers
+        self._body: list[bytes] = []
+        self._size = 0
+        self._complete = False
+        self._turn = False
+        self._left = False
+        self._task: asyncio.Task[None] | None = None
+        self._refused: EngineError | None = None
+        self.keep_alive = keep_alive
+        self.disconnected = False
+        self.response_complete = False
+        self.message_event = self
+        try:
+            inference.service.enter()
+            check_size(int(headers.get(b"content-length", 0)), inference.max_body_bytes)
+        except EngineError as error:
+            self._left = isinstance(error, Overloaded)
+            self._refused = error
+
+    def its_turn(self) -> None:
+        """Its answer is the next on the connection."""
+        self._turn = True
+        self._connection.running = self
+        if self._complete or isinstance(self._refused, ResourceExhausted):
+            self._begin()
+        elif self._headers.get(b"expect", b"").lower() == b"100-continue":
+            self._connection.transport.write(_CONTINUE)
+
+    def take(self, piece: bytes) -> None:
+        """More of the body."""
+        if self._refused is not None:
+            return
+        self._size += len(piece)
+        self._body.append(piece)
+        if self._size > self._inference.max_body_bytes:
+            self._body.clear()
+            try:
+                check_size(self._size, self._inference.max_body_bytes)
+            except ResourceExhausted as error:
+                self._refused = error
+            if self._turn:
+                self._begin()
+
+    def complete(self) -> None:
+        """The body is there."""
+        if not self._complete:
+            self._complete = True
+            if self._turn:
+                self._begin()
+
+    def _begin(self) -> None:
+        if self._task is None and not self.response_complete:
+            connection = self._connection
+            self._task = task = connection.loop.create_task(self._answer())
+            connection.tasks.add(task)
+            task.add_done_callback(connection.tasks.discard)
+
+    async def _answer(self) -> None:
+        connection = self._connection
+        try:
+            answer = await self._made()
+            if connection.flow.write_paused:
+                await connection.flow.drain()
+            if self.disconnected:
+                return
+            if not self._complete:  # nobody will read the rest of it
+                self.keep_alive = False
+            lines = connection.date_lines()
+            connection.transport.write(answer.head(lines if self.keep_alive else lines + _CLOSE) + answer.body)
+        except asyncio.CancelledError:
+            if not self.disconnected:  # the server ends
+                connection.transport.close()
+        finally:
+            self._leave()
+        self.response_complete = True
+        if not self.keep_alive:
+            connection.transport.close()
+        connection.on_response_complete()
+
+    async def _made(self) -> Answer:
+        name, version = _text(self._model), "" if self._version is None else _text(self._version)
+        figures = self._inference.service.figures
+        if self._refused is not None:
+            figures(name).failed(perf_counter_ns(), self._refused)
+            return error_answer(self._refused)
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        try:
+            return await self._inference.answer(name, version, self._headers, body)
+        except asyncio.CancelledError:
+            gone = Cancelled("the client went away before its answer was ready")
+            figures(name).failed(perf_counter_ns(), gone)
+            raise
+
+    def set(self) -> None:
+        """uvicorn's word that something has happened."""
+
+    def lost(self) -> None:
+        """The connection is: nobody waits for the answer."""
+        self.disconnected = True
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            self.response_complete = True
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self._left:
+            self._left = True
+            self._inference.service.leave()
+
+
+def _text(raw: bytes) -> str:
+    return (unquote_to_bytes(raw) if b"%" in raw else raw).decode("utf-8", "replace")

@@ -1,0 +1,148 @@
+"""One inference over HTTP: the bytes of a request to those of its answer.
+
+Whoever has the bytes asks `Inference.answer`: the door (`server.door`), which reads them off the connection itself, or
+an ASGI server by way of `__call__`. What is not here: the form of tensors (`server.oip`), counting and bounds of what
+is in flight (`server.service`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from time import perf_counter_ns
+from typing import Final, NoReturn
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kapsl_scheduler.errors import Cancelled, EngineError, InvalidInput
+from kapsl_scheduler.server.answers import Answer, error_answer, response_of
+from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body
+from kapsl_scheduler.server.oip import InferCall, decode_request, encode_reply
+from kapsl_scheduler.server.service import Service
+from kapsl_scheduler.types import Array, ModelInfo
+
+__all__ = ["Inference"]
+
+logger = logging.getLogger(__name__)
+
+WATCH_AFTER: Final = 0.05
+"""Seconds before it is looked whether the client is still there. A task that watches costs as much as the rest of
+a short request, and one that is answered by then needs none; a client that goes sooner is noticed then."""
+LONG_ANSWER: Final = 32 << 10
+"""Values of an answer whose JSON takes more than a few milliseconds."""
+
+_HEADER_LENGTH: Final = b"inference-header-content-length"
+
+
+class Inference:
+    """The infer route over the models of a service. Bodies beyond `max_body_bytes` are refused."""
+
+    def __init__(self, service: Service, *, max_body_bytes: int) -> None:
+        self.service = service
+        self.max_body_bytes = max_body_bytes
+
+    async def answer(self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes) -> Answer:
+        """What to answer a request for a model; every error but a cancellation is an answer too. Cancelling it takes
+        the request back."""
+        begun = perf_counter_ns()
+        service = self.service
+        registry = service.registry
+        try:
+            model = registry.get(name, version)  # before much is decoded for nobody
+            if b"content-encoding" in headers:
+                body = await plain(body, headers[b"content-encoding"], self.max_body_bytes)
+            header_length = None if _HEADER_LENGTH not in headers else _length(headers[_HEADER_LENGTH])
+            if (len(body) if header_length is None else header_length) > LONG_BODY:
+                call = await asyncio.to_thread(decode_request, body, header_length, model=model.info)
+                model = registry.get(name, version)
+            else:
+                call = decode_request(body, header_length, model=model.info)
+            read = perf_counter_ns()
+            response = await service.infer(model, call)
+            done = perf_counter_ns()
+            answer = await _written(model.info, name, response.outputs, call)
+            if b"accept-encoding" in headers:
+                answer = await compressed(answer, headers[b"accept-encoding"])
+        except EngineError as error:
+            answer = error_answer(error)
+            if answer.status == 500:
+                logger.error("inference on %r failed: %s: %s", name, error.code, error)
+            service.figures(name).failed(begun, error)
+        except Exception as error:
+            logger.exception("inference on %r failed unexpectedly", name)
+            answer = error_answer(error)
+            service.figures(name).failed(begun, error)
+        else:
+            service.figures(name).succeeded(begun, read, done, response)
+        return answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The route as an ASGI application."""
+        name, version = scope["path_params"]["model"], scope["path_params"].get("version", "")
+        try:
+            self.service.enter()
+        except EngineError as error:
+            await self._refuse(name, error)(scope, receive, send)
+            return
+        try:
+            try:
+                body = await read_body(scope, receive, self.max_body_bytes)
+            except EngineError as error:
+                response = self._refuse(name, error)
+            else:
+                response = response_of(
+                    await self._while_connected(name, version, dict(scope["headers"]), body, receive)
+                )
+            await response(scope, receive, send)
+        finally:
+            self.service.leave()
+
+    def _refuse(self, name: str, error: EngineError) -> Response:
+        self.service.figures(name).failed(perf_counter_ns(), error)
+        return response_of(error_answer(error))
+
+    async def _while_connected(
+        self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes, receive: Receive
+    ) -> Answer:
+        """The answer; a client that goes away takes its request back."""
+        watchers: list[asyncio.Task[NoReturn]] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                watch = asyncio.get_running_loop().call_later(
+                    WATCH_AFTER, lambda: watchers.append(group.create_task(_fail_when_gone(receive)))
+                )
+                try:
+                    return await self.answer(name, version, headers, body)
+                finally:
+                    watch.cancel()
+                    for watcher in watchers:
+                        watcher.cancel()
+        except* Cancelled as failures:
+            error = failures.exceptions[0]
+            self.service.figures(name).failed(perf_counter_ns(), error)
+        return error_answer(error)
+
+
+async def _fail_when_gone(receive: Receive) -> NoReturn:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise Cancelled("the client went away before its answer was ready")
+
+
+def _length(text: bytes) -> int:
+    if text.isdigit() and len(text) < 20:
+        return int(text)
+    raise InvalidInput(
+        f"{_HEADER_LENGTH.decode()}: expected the number of bytes of JSON, got {text.decode('latin-1')!r}"
+    )
+
+
+async def _written(info: ModelInfo, name: str, outputs: Mapping[str, Array], call: InferCall) -> Answer:
+    long = call.binary is not True and sum(array.size for array in outputs.values()) > LONG_ANSWER
+    body, header_length = await beside_the_loop(long, encode_reply, info, name, outputs, call)
+    if header_length is None:
+        return Answer(200, body)
+    headers = (("content-type", "application/octet-stream"), (_HEADER_LENGTH.decode(), str(header_length)))
+    return Answer(200, body, headers)

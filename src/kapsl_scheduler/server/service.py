@@ -1,0 +1,118 @@
+"""What all protocols of a server ask for: an inference on a model by its name, within bounds, counted.
+
+What is not here: bytes of any protocol, and who may ask for what.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from kapsl_scheduler.errors import Overloaded, Unavailable
+from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
+from kapsl_scheduler.server.answers import status_of
+from kapsl_scheduler.server.oip import InferCall, check_outputs
+from kapsl_scheduler.types import InferenceResponse
+
+__all__ = ["Figures", "Service"]
+
+
+class Figures:
+    """What became of the requests for one model, over all protocols. Times are sums in nanoseconds: from the
+    request's bytes to the answer's (`success_ns`, `fail_ns`), in the queue, in the engine, and for reading and writing
+    tensors."""
+
+    __slots__ = (
+        "answers",
+        "compute_ns",
+        "fail",
+        "fail_ns",
+        "last",
+        "queue_ns",
+        "read_ns",
+        "success",
+        "success_ns",
+        "write_ns",
+    )
+
+    def __init__(self) -> None:
+        self.answers: Counter[int] = Counter()  # by HTTP status, also those of other protocols
+        self.success = self.success_ns = self.fail = self.fail_ns = 0
+        self.queue_ns = self.compute_ns = self.read_ns = self.write_ns = 0
+        self.last = 0  # when the last inference was answered, by `time.perf_counter_ns`
+
+    def succeeded(self, begun: int, read: int, done: int, response: InferenceResponse) -> None:
+        """An answer is written. The moments are of `time.perf_counter_ns`: when its request came, when it was read,
+        when the model had answered."""
+        now = self.last = time.perf_counter_ns()
+        self.answers[200] += 1
+        self.success += 1
+        self.success_ns += now - begun
+        self.read_ns += read - begun
+        self.write_ns += now - done
+        self.queue_ns += int(response.queue_time * 1e9)
+        self.compute_ns += int(response.compute_time * 1e9)
+
+    def failed(self, begun: int, error: BaseException) -> None:
+        """The request ended in an error."""
+        self.answers[status_of(error)] += 1
+        self.fail += 1
+        self.fail_ns += time.perf_counter_ns() - begun
+
+
+class Service:
+    """The models of a server, for its protocols.
+
+    At most `max_in_flight` inference requests are in it at a time, beyond which they are refused. While it is
+    `draining` it says that it is not ready; requests that come all the same are answered.
+    """
+
+    def __init__(self, registry: ModelRegistry[Any], *, version: str, max_in_flight: int = 4096) -> None:
+        self.registry = registry
+        self.version = version
+        self.draining = False
+        self.in_flight = 0
+        self._max_in_flight = max_in_flight
+        self._figures: dict[str, Figures] = {}
+
+    def enter(self) -> None:
+        """A request comes in, of which `leave` is to be called. Raises `Overloaded`."""
+        if self.in_flight >= self._max_in_flight:
+            raise Overloaded(f"{self._max_in_flight} inference requests are in flight, which is the limit")
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        """It has its answer, and that is sent: a client that is slow to send or to read holds memory too."""
+        self.in_flight -= 1
+
+    def figures(self, name: str) -> Figures:
+        """Those of a model; kept only for names of models, or every name that a stranger makes up would be."""
+        figures = self._figures.get(name)
+        if figures is None:
+            figures = Figures()
+            if name in self.registry:
+                self._figures[name] = figures
+        return figures
+
+    async def infer(self, model: ServedModel, call: InferCall) -> InferenceResponse:
+        """The model's answer. Raises what the scheduler raises, and `InvalidInput` for an output that there is none
+        of. Cancelling it takes the request back."""
+        info, request = model.info, call.request
+        if call.outputs and info.outputs:
+            check_outputs(call.outputs, (spec.name for spec in info.outputs))
+        asked: Any = request
+        if len(request.inputs) == 1 and request.session_id is None and request.metadata is None:
+            asked = request.inputs  # a lone array takes the shortest way
+            if len(info.inputs) == 1 and (array := asked.get(info.inputs[0].name)) is not None:
+                asked = array
+        return await model.scheduler.infer(asked, priority=call.priority, timeout=call.timeout)
+
+    def ready(self) -> bool:
+        """Whether every model can answer, and the server is not closing."""
+        return not self.draining and self.registry.ready()
+
+    def check_open(self) -> None:
+        """Raises `Unavailable` while the server is closing."""
+        if self.draining:
+            raise Unavailable("the server is closing")

@@ -1,0 +1,265 @@
+"""Connections below the routes: inference requests, which are answered there; heads and trailers without an end, and
+what is no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from kapsl_scheduler.server.door import MAX_HEAD_BYTES, Connection
+from tests.server.api import Gate, body_of, serving
+
+POST = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+LINE = b"name: " + b"v" * 1000 + b"\r\n"
+TOO_MUCH = MAX_HEAD_BYTES + 1  # and not a byte more: what the server leaves unread resets the connection
+
+
+class Application:
+    """Answers each request with the length of its body."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.left: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        length, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.left.append(scope["path"])
+                return
+            self.asked.set()
+            length += len(message["body"])
+            more = message["more_body"]
+        body = str(length).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def connected(
+    application: Any = None,
+) -> AsyncIterator[tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]]:
+    application = application or Application()
+    config = uvicorn.Config(application, log_config=None, lifespan="off", ws="none")
+    state = ServerState()
+    lost = asyncio.Event()
+
+    class Watched(Connection):
+        def connection_lost(self, error: Exception | None) -> None:
+            super().connection_lost(error)
+            lost.set()
+
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Watched(getattr(application, "inference", None), config, state, {}), "127.0.0.1", 0
+    )
+    async with server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        try:
+            yield application, reader, writer
+        finally:
+            writer.close()
+            await lost.wait()
+            await asyncio.gather(*state.tasks)
+
+
+async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+    return int(head.split()[1]), await reader.readexactly(length)
+
+
+async def until_closed(condition: Callable[[], bool]) -> None:
+    """Until what has happened on the other side of a connection has come through."""
+    async with asyncio.timeout(5.0):
+        while not condition():  # noqa: ASYNC110  # nothing tells
+            await asyncio.sleep(0.001)
+
+
+def decoded(body: bytes) -> dict[str, str]:
+    said: dict[str, str] = msgspec.json.decode(body)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("opening", "endless"), [(b"GET / HTTP/1.1\r\n", LINE), (b"GET / HTTP/1.1\r\nname: ", b"v"), (b"GET /", b"v")]
+)
+async def test_a_head_without_an_end_is_refused_and_its_connection_closed(opening: bytes, endless: bytes) -> None:
+    async with connected() as (_, reader, writer):
+        writer.write((opening + endless * (TOO_MUCH // len(endless) + 1))[:TOO_MUCH])
+
+        status, body = await answer(reader)
+
+        assert (status, decoded(body)["code"]) == (431, "head_too_large")
+        assert await reader.read() == b""
+
+
+async def test_trailers_without_an_end_close_the_connection_and_their_request_ends() -> None:
+    async with connected() as (application, reader, writer):
+        writer.write(POST + b"2\r\nab\r\n0\r\n")
+        await application.asked.wait()
+        writer.write((LINE * 100)[:TOO_MUCH])
+
+        assert await reader.read() == b""
+
+    assert application.left == ["/"]
+
+
+async def test_heads_and_bodies_within_the_bounds_are_served_on_one_connection() -> None:
+    chunk = b"1\r\na\r\n"
+    async with connected() as (_, reader, writer):
+        for _ in range(3):
+            writer.write(POST[:-2] + LINE * 30 + b"\r\n" + chunk * MAX_HEAD_BYTES + b"0\r\n" + LINE * 30 + b"\r\n")
+            assert await answer(reader) == (200, b"%d" % MAX_HEAD_BYTES)
+
+
+async def test_what_is_no_http_is_refused_in_json(caplog: pytest.LogCaptureFixture) -> None:
+    async with connected() as (_, reader, writer):
+        writer.write(b"EHLO x\r\n\r\n")
+
+        status, body = await answer(reader)
+
+        assert (status, decoded(body)["code"]) == (400, "bad_request")
+        assert await reader.read() == b""
+
+
+# ------------------------------------------------------------------------------------------ inference
+
+
+def infer(data: Any = (1, 2), *headers: bytes, path: bytes = b"/v2/models/m/infer", version: bytes = b"1.1") -> bytes:
+    body = body_of(data)
+    lines = b"".join(header + b"\r\n" for header in headers)
+    return b"POST %b HTTP/%b\r\ncontent-length: %d\r\n%b\r\n%b" % (path, version, len(body), lines, body)
+
+
+def values(body: bytes) -> Any:
+    return msgspec.json.decode(body)["outputs"][0]["data"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [b"/v2/models/m/infer", b"/v2/models/m/versions/3/infer", b"/v2/models/%6d/infer?x=1", b"/v2/models/m/infer?"],
+)
+async def test_inferences_are_answered_on_one_connection(path: bytes) -> None:
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        for number in range(3):
+            writer.write(infer([number, 1], path=path))
+            status, body = await answer(reader)
+            assert (status, values(body)) == (200, [number * 2, 2])
+        assert server.api.inference.service.in_flight == 0
+
+
+async def test_a_request_in_many_pieces_is_put_together() -> None:
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        request = infer()
+        for start in range(0, len(request), 7):
+            writer.write(request[start : start + 7])
+            await writer.drain()
+            await asyncio.sleep(0)
+        assert (await answer(reader))[0] == 200
+
+
+async def test_what_is_sent_ahead_is_answered_in_order() -> None:
+    """Inference requests and others on one connection, all sent before the first is answered."""
+    gate = Gate()
+    ready = b"GET /v2/health/live HTTP/1.1\r\n\r\n"
+    async with serving(gate) as server, connected(server.api) as (_, reader, writer):
+        writer.write(infer([1, 1]) + ready + infer([2, 2]) + infer([3, 3], path=b"/v2/models/no/infer") + ready)
+        await gate.entered.wait()
+        gate.open.set()
+        bodies = [await answer(reader) for _ in range(5)]
+        assert [status for status, _ in bodies] == [200, 200, 200, 404, 200]
+        assert [values(bodies[0][1]), values(bodies[2][1])] == [[2, 2], [4, 4]]
+        assert server.api.inference.service.in_flight == 0
+
+
+async def test_an_error_is_answered_with_its_type_and_the_connection_goes_on() -> None:
+    async with serving(max_body_bytes=1000) as server, connected(server.api) as (_, reader, writer):
+        writer.write(infer(["x", 2]))
+        status, body = await answer(reader)
+        assert (status, decoded(body)["code"]) == (400, "invalid_input")
+        writer.write(infer())
+        assert (await answer(reader))[0] == 200
+        stats = (await server.client.get("/v2/models/m/stats")).json()["model_stats"][0]
+        assert stats["answers"] == {"200": 1, "400": 1}
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_body_that_is_too_large_is_refused_before_it_is_there_and_its_connection_closed(
+    announced: bool,
+) -> None:
+    head = b"content-length: 1001" if announced else b"transfer-encoding: chunked"
+    async with serving(max_body_bytes=1000) as server, connected(server.api) as (_, reader, writer):
+        writer.write(b"POST /v2/models/m/infer HTTP/1.1\r\n" + head + b"\r\n\r\n")
+        writer.write(b"" if announced else b"3e9\r\n" + b" " * 1001)
+        status, body = await answer(reader)
+        assert (status, decoded(body)["code"]) == (413, "resource_exhausted")
+        assert await reader.read() == b""
+        assert server.api.inference.service.in_flight == 0
+
+
+async def test_a_client_that_asks_first_is_told_to_go_on() -> None:
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        request = infer((1, 2), b"expect: 100-continue")
+        head, _, body = request.partition(b"\r\n\r\n")
+        writer.write(head + b"\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await answer(reader))[0] == 200
+
+
+@pytest.mark.parametrize("request_", [infer((1, 2), b"connection: close"), infer(version=b"1.0")])
+async def test_a_connection_that_is_not_to_be_kept_is_closed(request_: bytes) -> None:
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        writer.write(request_)
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"connection: close" in head
+        assert values(await reader.read()) == [2, 4]
+
+
+@pytest.mark.parametrize("ahead", [b"", infer(), infer()[:-1]])
+async def test_a_client_that_goes_away_takes_its_requests_back(ahead: bytes) -> None:
+    """Also what it has sent ahead, whole or not."""
+    gate = Gate()
+    async with serving(gate) as server:
+        async with connected(server.api) as (_, _reader, writer):
+            writer.write(infer() + ahead)
+            await gate.entered.wait()
+            writer.close()
+            await until_closed(lambda: server.scheduler.statistics().cancelled == 1)
+            await until_closed(lambda: server.api.inference.service.in_flight == 0)
+        gate.open.set()
+        stats = (await server.client.get("/v2/models/m/stats")).json()["model_stats"][0]
+        assert stats["answers"] == {"499": 1}
+
+
+async def test_a_request_that_never_ends_holds_a_place_only_as_long_as_its_client_is_there() -> None:
+    async with serving() as server:
+        service = server.api.inference.service
+        async with connected(server.api) as (_, _reader, writer):
+            writer.write(infer()[:-1])
+            await until_closed(lambda: service.in_flight == 1)
+        assert service.in_flight == 0
+
+
+async def test_beyond_the_requests_in_flight_the_next_is_refused_and_its_connection_goes_on() -> None:
+    gate = Gate()
+    async with serving(gate, max_in_flight=1) as server, asyncio.TaskGroup() as group:
+        running = group.create_task(server.infer())
+        await gate.entered.wait()
+        async with connected(server.api) as (_, reader, writer):
+            writer.write(infer())
+            status, body = await answer(reader)
+            assert (status, decoded(body)["code"]) == (429, "overloaded")
+            gate.open.set()
+            await running
+            writer.write(infer())
+            assert (await answer(reader))[0] == 200
+        assert server.api.inference.service.in_flight == 0

@@ -11,6 +11,7 @@ import importlib
 import logging
 import math
 import operator
+import os
 import re
 import resource
 import signal
@@ -26,7 +27,7 @@ from typing import Any, Final, NamedTuple
 import uvicorn
 
 from kapsl_scheduler.adapters import builtin_adapters
-from kapsl_scheduler.config import Config, ConfigError, ModelSettings, unknown_key
+from kapsl_scheduler.config import Config, ConfigError, ModelSettings, load_config, unknown_key
 from kapsl_scheduler.engines.onnx import OnnxEngine, usable_providers
 from kapsl_scheduler.errors import (
     DuplicateId,
@@ -46,9 +47,12 @@ from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
 from kapsl_scheduler.server.cron import NO_JOBS, CronApi, misfit
 from kapsl_scheduler.server.door import Connection
+from kapsl_scheduler.server.generate import GenerateApi
 from kapsl_scheduler.server.http import HttpApi, Part
+from kapsl_scheduler.server.loop import run_coroutine
 from kapsl_scheduler.server.metrics import Metrics
 from kapsl_scheduler.server.oip_http import OipApi
+from kapsl_scheduler.server.openai import OpenAiApi
 from kapsl_scheduler.server.service import Service
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.stores.sqlite import SqliteStore
@@ -78,12 +82,13 @@ class Listening(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """A model to serve: its name, what was given for it, and what that is."""
+    """A model to serve: its name, what was given for it, and what that is: a package, or engines of a program's own."""
 
     name: str
     given: str
-    package: LoadedPackage
     settings: ModelSettings
+    package: LoadedPackage | None = None
+    engines: tuple[Any, ...] = ()
 
 
 class _Reload(NamedTuple):
@@ -91,14 +96,38 @@ class _Reload(NamedTuple):
     task: asyncio.Task[ServedModel]
 
 
-async def serve(config: Config, models: Sequence[str], *, announce: Callable[[Listening], None]) -> None:
+def run(
+    engines: Mapping[str, Any],
+    models: Sequence[str] = (),
+    *,
+    announce: Callable[[Listening], None] = lambda listening: None,
+    **settings: Any,
+) -> None:
+    """Serves engines of a program's own, each under its name (an engine, or several that run the same model), beside
+    the packages and files of `models`, until a signal ends it: what `kapsl-scheduler serve` does, from Python.
+
+    `settings` are those of the command's options (`port=8081`, `max_batch_size=64`), before variables and the file that
+    `KAPSL_CONFIG` names. Raises what `serve` raises, and `ConfigError`.
+    """
+    config = load_config(flags=settings, environment=os.environ)
+    run_coroutine(serve(config, models, engines=engines, announce=announce))
+
+
+async def serve(
+    config: Config,
+    models: Sequence[str],
+    *,
+    engines: Mapping[str, Any] | None = None,
+    announce: Callable[[Listening], None],
+) -> None:
     """Serves models until SIGTERM or SIGINT, then drains; while they load, a signal ends that too. A second signal
     ends the process at once.
 
-    `models` are paths of packages or model files, `NAME=PATH` to choose a name. `announce` is called once, when
-    the server answers. Raises `ModelLoadError`, also for what is wrong with the jobs of a package, `ConfigError` for a
-    configured model or a function of jobs that is not there and for a store of the jobs that cannot be opened,
-    `StoreError` for one that fails later, and `OSError` for an address that cannot be had.
+    `models` are paths of packages or model files, `NAME=PATH` to choose a name; `engines` are models that are there
+    already, by name. `announce` is called once, when the server answers. Raises `ModelLoadError`, also for what is
+    wrong with the jobs of a package, `ConfigError` for a configured model or a function of jobs that is not there and
+    for a store of the jobs that cannot be opened, `StoreError` for one that fails later, and `OSError` for an address
+    that cannot be had.
     """
     jobs = _Jobs(config)  # before signals are handled: what it imports may take a while
     _allow_files(config.server.max_in_flight + _OTHER_FILES)
@@ -112,7 +141,7 @@ async def serve(config: Config, models: Sequence[str], *, announce: Callable[[Li
             jobs.over(registry) as cron,
             _Models(config, registry, jobs, Path(workdir)) as loading,
         ):
-            if await _done_before(stop, loading.load(models)):
+            if await _done_before(stop, loading.load(models, engines or {})):
                 await _serve_http(config, registry, cron, loading, listener, announce, stop)
 
 
@@ -144,11 +173,12 @@ class _Models:
         self.stop()
         await asyncio.gather(*(reload.task for reload in self._reloads.values()), return_exceptions=True)
 
-    async def load(self, models: Sequence[str]) -> None:
+    async def load(self, models: Sequence[str], engines: Mapping[str, Any]) -> None:
         """Loads all models. Raises `ModelLoadError`, and `ConfigError` for a configured model that is not there."""
-        for source in await _open_all(self._config, models, self._workdir):
+        for source in await _open_all(self._config, models, engines, self._workdir):
             await self._registry.load(source.name, source)
-            self._given[source.name] = source.given
+            if source.package is not None:
+                self._given[source.name] = source.given
 
     async def reload(self, name: str) -> ServedModel:
         """Reads a model's file again and puts what is there now in its place, without a gap, or into service again.
@@ -158,6 +188,8 @@ class _Models:
         `stop` was called.
         """
         old = self._registry.get(name) if name in self._registry or name not in self._given else None
+        if name not in self._given:
+            raise ModelLoadError(f"model {name!r} is the running program's own, and there is nothing to load it from")
         self._check_idle(name)
         task = asyncio.create_task(self._reload(name))
         self._reloads[name] = _Reload(old, task)
@@ -204,12 +236,14 @@ class _Models:
                 reload.task.cancel()
 
 
-async def _open_all(config: Config, models: Sequence[str], workdir: Path) -> list[_Source]:
+async def _open_all(config: Config, models: Sequence[str], engines: Mapping[str, Any], workdir: Path) -> list[_Source]:
     sources: dict[str, _Source] = {}
+    for name, given_engines in engines.items():
+        several = tuple(given_engines) if isinstance(given_engines, list | tuple) else (given_engines,)
+        sources[_checked_name(name, f"{name}=...")] = _Source(name, name, config.for_model(name), engines=several)
     for given in models:
         name, package = await _open(given, workdir)
-        if "/" in name or name in (".", "..") or not name.isprintable():
-            raise ModelLoadError(f"{given}: a model named {name!r} has no URL; name this one NAME={given}")
+        _checked_name(name, given)
         if name in sources:
             raise ModelLoadError(f"{given}: a model named {name!r} is there already; name this one NAME={given}")
         sources[name] = _source(name, given, package, config)
@@ -219,10 +253,16 @@ async def _open_all(config: Config, models: Sequence[str], workdir: Path) -> lis
     return list(sources.values())
 
 
+def _checked_name(name: str, given: str) -> str:
+    if "/" in name or name in (".", "..") or not name.isprintable():
+        raise ModelLoadError(f"{given}: a model named {name!r} has no URL; name this one NAME={given}")
+    return name
+
+
 def _source(name: str, given: str, package: LoadedPackage, config: Config) -> _Source:
     for warning in package.warnings:
         _log.warning("%s: %s", given, warning)
-    return _Source(name, given, package, config.for_model(name))
+    return _Source(name, given, config.for_model(name), package)
 
 
 async def _open(given: str, workdir: Path) -> tuple[str, LoadedPackage]:
@@ -242,14 +282,14 @@ def _open_here(given: str, workdir: Path) -> tuple[str, LoadedPackage]:
     return named.group(1) if named else package.manifest.project_name, package
 
 
-class _PackageScheduler(Scheduler):
-    """Takes what its package was unpacked to along when it closes, so that a model that was replaced leaves no
-    files behind."""
+class _SourceScheduler(Scheduler):
+    """A scheduler of what is to be served. It takes along what its package was unpacked to when it closes, so that a
+    model that was replaced leaves no files behind."""
 
     def __init__(self, source: _Source) -> None:
         settings = source.settings
         super().__init__(
-            [_engine(source)],
+            source.engines if source.package is None else [_engine(source.name, source.package, source.settings)],
             batch=settings.batch_policy(),
             queue=settings.queue_policy(),
             workers_per_engine=settings.workers,
@@ -261,32 +301,34 @@ class _PackageScheduler(Scheduler):
         try:
             await super().close(drain)
         finally:
-            await asyncio.to_thread(self._package.remove)
+            if self._package is not None:
+                await asyncio.to_thread(self._package.remove)
 
 
 async def _start(source: _Source) -> Scheduler:
     try:
-        return await _PackageScheduler(source).__aenter__()
+        return await _SourceScheduler(source).__aenter__()
     except BaseException:
-        source.package.remove()
+        if source.package is not None:
+            source.package.remove()
         raise
 
 
-def _engine(source: _Source) -> OnnxEngine:
-    manifest = source.package.manifest
+def _engine(name: str, package: LoadedPackage, settings: ModelSettings) -> OnnxEngine:
+    manifest = package.manifest
     if manifest.framework.lower() != "onnx":
-        raise ModelLoadError(f"{source.name}: framework {manifest.framework!r} came, expected 'onnx'")
+        raise ModelLoadError(f"{name}: framework {manifest.framework!r} came, expected 'onnx'")
     requirements = manifest.hardware_requirements
     preferred = requirements.preferred_provider
     providers = usable_providers(filter(None, (preferred, *requirements.fallback_providers)))
     if preferred and not preferred.lower().startswith(providers[0]):
-        _log.warning("%s: this onnxruntime has no provider %r, so %r it is", source.given, preferred, providers[0])
+        _log.warning("%s: this onnxruntime has no provider %r, so %r it is", name, preferred, providers[0])
     return OnnxEngine(
-        source.package.model_path,
+        package.model_path,
         providers=providers,
-        threads=source.settings.threads,
+        threads=settings.threads,
         graph_optimization_level=requirements.graph_optimization_level or "all",
-        name=source.name,
+        name=name,
         version=manifest.version,
     )
 
@@ -346,6 +388,9 @@ class _Jobs:
     async def start(self, source: _Source, model: ServedModel) -> None:
         """Starts the jobs of a package whose model is in its place, all or none of them. Raises `InvalidPackage` with
         everything that is wrong with them, `StoreError`."""
+        if source.package is None:
+            self.look_again()
+            return
         manifest = source.package.manifest
         if self._cron is None:
             if manifest.cron_jobs:
@@ -465,7 +510,11 @@ async def _serve_http(
 ) -> None:
     service = Service(registry, version=_version(), max_in_flight=config.server.max_in_flight)
     max_body_bytes = config.server.max_body_bytes
-    parts: list[Part] = [OipApi(service, reload=models.reload, unload=models.unload)]
+    parts: list[Part] = [
+        OipApi(service, reload=models.reload, unload=models.unload),
+        GenerateApi(service, max_body_bytes=max_body_bytes),
+        OpenAiApi(service, max_body_bytes=max_body_bytes),
+    ]
     if cron is not None:
         parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
     metrics = Metrics(service.version, cron)

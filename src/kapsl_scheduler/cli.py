@@ -25,11 +25,11 @@ from kapsl_scheduler.cli_frame import (
     print_json,
     read_input,
     read_json,
-    run_coroutine,
     url_option,
 )
 from kapsl_scheduler.cli_jobs import explain, jobs
 from kapsl_scheduler.config import CRON_PREFIX, CronSettings, ModelSettings, ServerSettings, load_config, options
+from kapsl_scheduler.server.loop import run_coroutine
 from kapsl_scheduler.types import InferenceRequest, Priority, dtype_name
 
 if TYPE_CHECKING:

@@ -5,9 +5,8 @@ What is not here: the commands (`cli`, `cli_jobs`).
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -25,6 +24,7 @@ from kapsl_scheduler.errors import (
     NotFound,
     Unavailable,
 )
+from kapsl_scheduler.server.loop import run_coroutine
 
 try:
     import click
@@ -42,7 +42,6 @@ __all__ = [
     "print_json",
     "read_input",
     "read_json",
-    "run_coroutine",
     "url_option",
 ]
 
@@ -103,16 +102,6 @@ def json_option(command: _Command) -> _Command:
 
 def print_json(value: Any) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value)))
-
-
-def run_coroutine(main: Coroutine[Any, Any, Any]) -> Any:
-    """`asyncio.run`, on uvloop where there is one: it does not exist for Windows."""
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        return asyncio.run(main)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
 
 
 def ask_server(url: str, ask: Callable[[Client], Awaitable[Any]]) -> Any:

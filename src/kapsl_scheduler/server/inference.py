@@ -11,15 +11,16 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from time import perf_counter_ns
-from typing import Final, NoReturn
+from typing import Final
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kapsl_scheduler.errors import Cancelled, EngineError, InvalidInput
+from kapsl_scheduler.errors import EngineError, InvalidInput
 from kapsl_scheduler.server.answers import Answer, error_answer, response_of
 from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body
 from kapsl_scheduler.server.oip import InferCall, decode_request, encode_reply
+from kapsl_scheduler.server.presence import while_connected
 from kapsl_scheduler.server.service import Service
 from kapsl_scheduler.types import Array, ModelInfo
 
@@ -27,9 +28,6 @@ __all__ = ["Inference"]
 
 logger = logging.getLogger(__name__)
 
-WATCH_AFTER: Final = 0.05
-"""Seconds before it is looked whether the client is still there. A task that watches costs as much as the rest of
-a short request, and one that is answered by then needs none; a client that goes sooner is noticed then."""
 LONG_ANSWER: Final = 32 << 10
 """Values of an answer whose JSON takes more than a few milliseconds."""
 
@@ -89,12 +87,10 @@ class Inference:
         try:
             try:
                 body = await read_body(scope, receive, self.max_body_bytes)
+                work = self.answer(name, version, dict(scope["headers"]), body)
+                response = response_of(await while_connected(receive, work))
             except EngineError as error:
                 response = self._refuse(name, error)
-            else:
-                response = response_of(
-                    await self._while_connected(name, version, dict(scope["headers"]), body, receive)
-                )
             await response(scope, receive, send)
         finally:
             self.service.leave()
@@ -102,33 +98,6 @@ class Inference:
     def _refuse(self, name: str, error: EngineError) -> Response:
         self.service.figures(name).failed(perf_counter_ns(), error)
         return response_of(error_answer(error))
-
-    async def _while_connected(
-        self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes, receive: Receive
-    ) -> Answer:
-        """The answer; a client that goes away takes its request back."""
-        watchers: list[asyncio.Task[NoReturn]] = []
-        try:
-            async with asyncio.TaskGroup() as group:
-                watch = asyncio.get_running_loop().call_later(
-                    WATCH_AFTER, lambda: watchers.append(group.create_task(_fail_when_gone(receive)))
-                )
-                try:
-                    return await self.answer(name, version, headers, body)
-                finally:
-                    watch.cancel()
-                    for watcher in watchers:
-                        watcher.cancel()
-        except* Cancelled as failures:
-            error = failures.exceptions[0]
-            self.service.figures(name).failed(perf_counter_ns(), error)
-        return error_answer(error)
-
-
-async def _fail_when_gone(receive: Receive) -> NoReturn:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    raise Cancelled("the client went away before its answer was ready")
 
 
 def _length(text: bytes) -> int:

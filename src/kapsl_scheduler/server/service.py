@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
+from typing import Any, Self
 
 from kapsl_scheduler.errors import Overloaded, Unavailable
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
@@ -15,7 +15,7 @@ from kapsl_scheduler.server.answers import status_of
 from kapsl_scheduler.server.oip import InferCall, check_outputs
 from kapsl_scheduler.types import InferenceResponse
 
-__all__ = ["Figures", "Service"]
+__all__ = ["Figures", "Flight", "Service"]
 
 
 class Figures:
@@ -54,11 +54,53 @@ class Figures:
         self.queue_ns += int(response.queue_time * 1e9)
         self.compute_ns += int(response.compute_time * 1e9)
 
+    def ended(self, begun: int) -> None:
+        """A request was answered, whole or in pieces, of which there are no other times."""
+        now = self.last = time.perf_counter_ns()
+        self.answers[200] += 1
+        self.success += 1
+        self.success_ns += now - begun
+
     def failed(self, begun: int, error: BaseException) -> None:
         """The request ended in an error."""
         self.answers[status_of(error)] += 1
         self.fail += 1
         self.fail_ns += time.perf_counter_ns() - begun
+
+
+class Flight:
+    """One request from its coming to its end, counted for the model of that name. Entering it raises `Overloaded`.
+    It ends when the `with` is left, or, once it is `kept`, when `end` is called."""
+
+    def __init__(self, service: Service, name: str) -> None:
+        self._service = service
+        self._name = name
+        self._begun = 0
+        self.kept = False
+
+    def __enter__(self) -> Self:
+        self._service.enter()
+        self._begun = time.perf_counter_ns()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.end(error)
+        elif not self.kept:
+            self.end()
+
+    def keep(self) -> None:
+        """A stream goes on when the `with` is left."""
+        self.kept = True
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The answer, or the stream, is at its end, or failed."""
+        figures = self._service.figures(self._name)
+        if error is None:
+            figures.ended(self._begun)
+        else:
+            figures.failed(self._begun, error)
+        self._service.leave()
 
 
 class Service:

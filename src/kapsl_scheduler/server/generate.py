@@ -1,0 +1,138 @@
+"""Triton's generate extension: a prompt in, text out, whole or as server-sent events.
+
+The keys of a request are the model's inputs by name, those of `parameters` too. What is not here: which models these
+routes are for (`server.texts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from kapsl_scheduler.errors import EngineError, InvalidInput
+from kapsl_scheduler.runtime.registry import ServedModel
+from kapsl_scheduler.server.answers import error_answer, json_response
+from kapsl_scheduler.server.bodies import read_body
+from kapsl_scheduler.server.oip import priority_from_oip
+from kapsl_scheduler.server.presence import sent_events, while_connected
+from kapsl_scheduler.server.service import Flight, Service
+from kapsl_scheduler.server.texts import (
+    TEXT_OUTPUT,
+    check_text_model,
+    pieces,
+    text_inputs,
+    texts_of,
+)
+from kapsl_scheduler.types import Array, Priority
+
+__all__ = ["GenerateApi"]
+
+_OURS: Final = ("id", "parameters", "priority", "timeout")
+"""Keys that are no inputs."""
+
+
+class GenerateApi:
+    """The generate routes over a service."""
+
+    def __init__(self, service: Service, *, max_body_bytes: int) -> None:
+        self._service = service
+        self._max_body_bytes = max_body_bytes
+
+    def routes(self) -> list[BaseRoute]:
+        routes: list[BaseRoute] = []
+        for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            routes += [
+                Route(model + "/generate", self._generate, methods=["POST"]),
+                Route(model + "/generate_stream", self._generate_stream, methods=["POST"]),
+            ]
+        return routes
+
+    async def _generate(self, request: Request) -> Response:
+        with Flight(self._service, request.path_params["model"]):
+            call = await self._read(request)
+            return json_response(await while_connected(request.receive, _whole(call)))
+
+    async def _generate_stream(self, request: Request) -> Response:
+        with Flight(self._service, request.path_params["model"]) as flight:
+            events = _events(await self._read(request))
+            return await sent_events(request.receive, flight, events, _failed)
+
+    async def _read(self, request: Request) -> _Call:
+        """Raises `InvalidInput`, `ResourceExhausted`, `ModelNotLoaded`."""
+        parameters = request.path_params
+        body = await read_body(request.scope, request.receive, self._max_body_bytes)
+        model = self._service.registry.get(parameters["model"], parameters.get("version", ""))
+        check_text_model(model)
+        try:
+            keys = msgspec.json.decode(body, type=dict[str, Any])
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"the request body is no JSON object: {error}") from None
+        options = keys.get("parameters") or {}
+        if not isinstance(options, dict):
+            raise InvalidInput(f"parameters: expected an object, got {type(options).__name__}")
+        given = {**options, **keys}
+        values = {name: value for name, value in given.items() if name not in _OURS}
+        return _Call(
+            model,
+            text_inputs(model, values, {}),
+            priority_from_oip(_unsigned(given, "priority")),
+            _unsigned(given, "timeout") / 1e6 or None,
+            keys.get("id"),
+        )
+
+
+class _Call(NamedTuple):
+    model: ServedModel
+    inputs: Mapping[str, Array]
+    priority: Priority | None
+    timeout: float | None
+    id: Any
+
+    def chunks(self) -> AsyncGenerator[Mapping[str, Array], None]:
+        return pieces(self.model, self.inputs, priority=self.priority, timeout=self.timeout)
+
+    def shown(self, outputs: Mapping[str, Array]) -> dict[str, Any]:
+        """Outputs as the extension has them: one value bare, several as a list."""
+        shown: dict[str, Any] = {} if self.id is None else {"id": self.id}
+        shown |= {"model_name": self.model.name, "model_version": self.model.info.version}
+        for name, array in outputs.items():
+            values = texts_of(array) if array.dtype.kind in "OSU" else array.ravel().tolist()
+            shown[name] = values[0] if len(values) == 1 else values
+        return shown
+
+
+async def _whole(call: _Call) -> dict[str, Any]:
+    """All chunks as one: texts one behind the other, of other outputs the last."""
+    texts: list[str] = []
+    shown: dict[str, Any] = {}
+    async with aclosing(call.chunks()) as chunks:
+        async for outputs in chunks:
+            shown = call.shown(outputs)
+            if TEXT_OUTPUT in outputs:
+                texts += texts_of(outputs[TEXT_OUTPUT])
+    if texts:
+        shown[TEXT_OUTPUT] = "".join(texts)
+    return shown
+
+
+async def _events(call: _Call) -> AsyncGenerator[bytes, None]:
+    async with aclosing(call.chunks()) as chunks:
+        async for outputs in chunks:
+            yield b"data: %b\n\n" % msgspec.json.encode(call.shown(outputs))
+
+
+def _failed(error: EngineError) -> bytes:
+    return b"data: %b\n\n" % error_answer(error).body
+
+
+def _unsigned(given: Mapping[str, Any], name: str) -> int:
+    value = given.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise InvalidInput(f"{name}: expected an integer of 0 or more, got {value!r}")
+    return value

@@ -160,7 +160,7 @@ class _Models:
         self._registry = registry
         self._jobs = jobs
         self._workdir = workdir
-        self._given: dict[str, str] = {}
+        self._given: dict[str, dict[str, ServedModel]] = {}  # by name and path, what was last loaded from there
         self._reloads: dict[str, _Reload] = {}
         self._stopping = False
 
@@ -176,12 +176,13 @@ class _Models:
     async def load(self, models: Sequence[str], engines: Mapping[str, Any]) -> None:
         """Loads all models. Raises `ModelLoadError`, and `ConfigError` for a configured model that is not there."""
         for source in await _open_all(self._config, models, engines, self._workdir):
-            await self._registry.load(source.name, source)
+            model = await self._registry.load(source.name, source)
             if source.package is not None:
-                self._given[source.name] = source.given
+                self._given.setdefault(source.name, {})[source.given] = model
 
     async def reload(self, name: str) -> ServedModel:
-        """Reads a model's file again and puts what is there now in its place, without a gap, or into service again.
+        """Reads a model's file again (of several versions, all) and puts what is there now in its place, without a gap,
+        or into service again.
 
         Whoever asked may stop waiting: it goes on. Raises `ModelNotLoaded`, `ModelLoadError` and `StoreError` (then
         the old model and its jobs stay), `Overloaded` while the model is being loaded already and `Unavailable` once
@@ -219,11 +220,16 @@ class _Models:
 
     async def _reload(self, name: str) -> ServedModel:
         try:
-            _, package = await _open(self._given[name], self._workdir)
-            source = _source(name, self._given[name], package, self._config)
-            if name not in self._registry:
-                return await self._registry.load(name, source)
-            return await self._registry.replace(name, source, drain=self._config.server.drain)
+            given = self._given[name]
+            for path, before in given.items():
+                _, package = await _open(path, self._workdir)
+                source = _source(name, path, package, self._config)
+                if before in self._registry.versions(name):
+                    drain, version = self._config.server.drain, before.info.version
+                    given[path] = await self._registry.replace(name, source, version=version, drain=drain)
+                else:
+                    given[path] = await self._registry.load(name, source)
+            return self._registry.get(name)
         except (ModelLoadError, StoreError) as error:
             _log.error("model %r was not replaced: %s", name, error)
             raise
@@ -237,17 +243,21 @@ class _Models:
 
 
 async def _open_all(config: Config, models: Sequence[str], engines: Mapping[str, Any], workdir: Path) -> list[_Source]:
-    sources: dict[str, _Source] = {}
+    sources: dict[tuple[str, str], _Source] = {}
     for name, given_engines in engines.items():
         several = tuple(given_engines) if isinstance(given_engines, list | tuple) else (given_engines,)
-        sources[_checked_name(name, f"{name}=...")] = _Source(name, name, config.for_model(name), engines=several)
+        sources[_checked_name(name, f"{name}=..."), ""] = _Source(name, name, config.for_model(name), engines=several)
     for given in models:
         name, package = await _open(given, workdir)
         _checked_name(name, given)
-        if name in sources:
-            raise ModelLoadError(f"{given}: a model named {name!r} is there already; name this one NAME={given}")
-        sources[name] = _source(name, given, package, config)
-    faults = [unknown_key("models", name, sources) for name in config.models if name not in sources]
+        version = package.manifest.version
+        if (name, version) in sources or (name, "") in sources:
+            raise ModelLoadError(
+                f"{given}: version {version} of a model named {name!r} is there already; name this one NAME={given}"
+            )
+        sources[name, version] = _source(name, given, package, config)
+    names = dict.fromkeys(name for name, _ in sources)
+    faults = [unknown_key("models", name, names) for name in config.models if name not in names]
     if faults:
         raise ConfigError(faults)
     return list(sources.values())
@@ -355,11 +365,13 @@ class _Jobs:
         self._config = config
         self._callables = _imported(config.cron.callables) if config.cron.enabled else {}
         self._cron: CronScheduler | None = None
+        self._registry: ModelRegistry[_Source] | None = None
 
     @contextlib.asynccontextmanager
     async def over(self, registry: ModelRegistry[_Source]) -> AsyncIterator[CronScheduler | None]:
         """The scheduler of the jobs, None where there is to be none. Raises `ConfigError` for a store that cannot be
         opened."""
+        self._registry = registry
         settings = self._config.cron
         if not settings.enabled:
             yield None
@@ -387,7 +399,9 @@ class _Jobs:
 
     async def start(self, source: _Source, model: ServedModel) -> None:
         """Starts the jobs of a package whose model is in its place, all or none of them. Raises `InvalidPackage` with
-        everything that is wrong with them, `StoreError`."""
+        everything that is wrong with them, `StoreError`. Of several versions of a model, the jobs of the latest run."""
+        if self._registry is not None and self._registry.get(source.name) is not model:
+            return
         if source.package is None:
             self.look_again()
             return
@@ -521,7 +535,7 @@ async def _serve_http(
     api = HttpApi(service, max_body_bytes=max_body_bytes, metrics=metrics, parts=parts, absent=NO_JOBS)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    names = tuple(model.name for model in registry.list())
+    names = tuple(dict.fromkeys(model.name for model in registry.list()))
     server = _Server(
         uvicorn.Config(
             api,

@@ -86,10 +86,51 @@ async def test_a_name_is_loaded_once() -> None:
     first = FakeScheduler()
     await registry.load("a", first)
 
-    with pytest.raises(ModelLoadError, match="'a' is loaded already"):
+    with pytest.raises(ModelLoadError, match="version '1' of a model named 'a' is loaded already"):
         await registry.load("a", FakeScheduler())
 
     assert registry.get("a").scheduler is first
+
+
+@pytest.mark.parametrize(
+    ("loaded", "ordered"),
+    [
+        (["2", "10", "9"], ["2", "9", "10"]),
+        (["1.10.0", "1.9.3", "2"], ["1.9.3", "1.10.0", "2"]),
+        (["b", "2", "a"], ["b", "2", "a"]),
+    ],
+)
+async def test_the_latest_of_several_versions_is_the_models(loaded: list[str], ordered: list[str]) -> None:
+    registry = registry_of_fakes()
+    schedulers = {version: FakeScheduler(version) for version in loaded}
+    for version in loaded:
+        await registry.load("a", schedulers[version])
+
+    assert [model.info.version for model in registry.versions("a")] == ordered
+    assert [model.info.version for model in registry.list()] == ordered
+    assert registry.get("a").info.version == ordered[-1]
+    assert [registry.get("a", version).scheduler for version in loaded] == list(schedulers.values())
+    with pytest.raises(ModelNotLoaded, match=f"loaded: version {', '.join(map(repr, ordered))}"):
+        registry.get("a", "no")
+    await registry.unload("a", version=ordered[-1])
+    assert registry.get("a").info.version == ordered[-2]
+    assert schedulers[ordered[-1]].closed_with is not None
+    await registry.unload("a")
+    assert "a" not in registry
+    assert None not in [scheduler.closed_with for scheduler in schedulers.values()]
+
+
+async def test_one_of_several_versions_is_replaced_also_by_another() -> None:
+    registry = registry_of_fakes()
+    one, two, three = FakeScheduler("1"), FakeScheduler("2"), FakeScheduler("3")
+    await registry.load("a", one)
+    await registry.load("a", two)
+    with pytest.raises(ModelLoadError, match="version '2' of a model named 'a' is loaded already"):
+        await registry.replace("a", FakeScheduler("2"), version="1")
+    await registry.replace("a", three, version="1")
+
+    assert [model.info.version for model in registry.versions("a")] == ["2", "3"]
+    assert (one.closed_with is not None, two.closed_with) == (True, None)
 
 
 async def test_a_model_that_does_not_load_leaves_no_name() -> None:

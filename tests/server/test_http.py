@@ -11,7 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
+from kapsl_scheduler import Scheduler
 from kapsl_scheduler import errors as error_tree
+from kapsl_scheduler.engines import CallableEngine
 from kapsl_scheduler.errors import (
     Backend,
     Cancelled,
@@ -70,6 +72,43 @@ async def test_health_metadata_and_index() -> None:
     assert answers["/v2/models/m/versions/3/ready"] == {"name": "m", "ready": True}
     assert answers["/v2/models/m"]["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}]
     assert index.json() == [{"name": "m", "version": "3", "state": "READY", "reason": ""}]
+
+
+async def test_versions_of_a_model_are_served_side_by_side() -> None:
+    async with serving() as server:
+
+        def negate(x: Any) -> Any:
+            return -x
+
+        newer = CallableEngine(
+            negate, version="4", inputs={"x": ("float32", (None, 2))}, outputs={"y": ("float32", (None, 2))}
+        )
+        async with Scheduler([newer]) as scheduler:
+            other = ModelRegistry[Any](lambda source: source)
+            await other.load("m", returned(server.scheduler))
+            await other.load("m", returned(scheduler))
+            api = api_over(other)
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://server") as client:
+                answers = [
+                    (await client.post(f"/v2/models/m{version}/infer", content=body_of())).json()
+                    for version in ("", "/versions/3", "/versions/4")
+                ]
+                metadata = (await client.get("/v2/models/m/versions/3")).json()
+                index = (await client.post("/v2/repository/index")).json()
+                stats = (await client.get("/v2/models/stats")).json()["model_stats"]
+
+    assert [(answer["model_version"], answer["outputs"][0]["data"]) for answer in answers] == [
+        ("4", [-1, -2]),
+        ("3", [2, 4]),
+        ("4", [-1, -2]),
+    ]
+    assert metadata["versions"] == ["3", "4"]
+    assert [(entry["name"], entry["version"]) for entry in index] == [("m", "3"), ("m", "4")]
+    assert [(entry["version"], entry["inference_stats"]["success"]["count"]) for entry in stats] == [("3", 1), ("4", 2)]
+
+
+async def returned(scheduler: Any) -> Any:
+    return scheduler
 
 
 async def test_statistics_count_answers_and_calls() -> None:

@@ -269,14 +269,14 @@ class _Exchange:
         name, version = _text(self._model), "" if self._version is None else _text(self._version)
         figures = self._inference.service.figures
         if self._refused is not None:
-            figures(name).failed(perf_counter_ns(), self._refused)
+            figures(name, version).failed(perf_counter_ns(), self._refused)
             return error_answer(self._refused)
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         try:
             return await self._inference.answer(name, version, self._headers, body)
         except asyncio.CancelledError:
             gone = Cancelled("the client went away before its answer was ready")
-            figures(name).failed(perf_counter_ns(), gone)
+            figures(name, version).failed(perf_counter_ns(), gone)
             raise
 
     def set(self) -> None:

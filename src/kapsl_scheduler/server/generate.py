@@ -54,20 +54,19 @@ class GenerateApi:
         return routes
 
     async def _generate(self, request: Request) -> Response:
-        with Flight(self._service, request.path_params["model"]):
+        with Flight(self._service, *_named(request)):
             call = await self._read(request)
             return json_response(await while_connected(request.receive, _whole(call)))
 
     async def _generate_stream(self, request: Request) -> Response:
-        with Flight(self._service, request.path_params["model"]) as flight:
+        with Flight(self._service, *_named(request)) as flight:
             events = _events(await self._read(request))
             return await sent_events(request.receive, flight, events, _failed)
 
     async def _read(self, request: Request) -> _Call:
         """Raises `InvalidInput`, `ResourceExhausted`, `ModelNotLoaded`."""
-        parameters = request.path_params
         body = await read_body(request.scope, request.receive, self._max_body_bytes)
-        model = self._service.registry.get(parameters["model"], parameters.get("version", ""))
+        model = self._service.registry.get(*_named(request))
         check_text_model(model)
         try:
             keys = msgspec.json.decode(body, type=dict[str, Any])
@@ -85,6 +84,10 @@ class GenerateApi:
             _unsigned(given, "timeout") / 1e6 or None,
             keys.get("id"),
         )
+
+
+def _named(request: Request) -> tuple[str, str]:
+    return request.path_params["model"], request.path_params.get("version", "")
 
 
 class _Call(NamedTuple):

@@ -67,13 +67,13 @@ class Inference:
             answer = error_answer(error)
             if answer.status == 500:
                 logger.error("inference on %r failed: %s: %s", name, error.code, error)
-            service.figures(name).failed(begun, error)
+            service.figures(name, version).failed(begun, error)
         except Exception as error:
             logger.exception("inference on %r failed unexpectedly", name)
             answer = error_answer(error)
-            service.figures(name).failed(begun, error)
+            service.figures(name, version).failed(begun, error)
         else:
-            service.figures(name).succeeded(begun, read, done, response)
+            service.figures_of(model).succeeded(begun, read, done, response)
         return answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +82,7 @@ class Inference:
         try:
             self.service.enter()
         except EngineError as error:
-            await self._refuse(name, error)(scope, receive, send)
+            await self._refuse(name, version, error)(scope, receive, send)
             return
         try:
             try:
@@ -90,13 +90,13 @@ class Inference:
                 work = self.answer(name, version, dict(scope["headers"]), body)
                 response = response_of(await while_connected(receive, work))
             except EngineError as error:
-                response = self._refuse(name, error)
+                response = self._refuse(name, version, error)
             await response(scope, receive, send)
         finally:
             self.service.leave()
 
-    def _refuse(self, name: str, error: EngineError) -> Response:
-        self.service.figures(name).failed(perf_counter_ns(), error)
+    def _refuse(self, name: str, version: str, error: EngineError) -> Response:
+        self.service.figures(name, version).failed(perf_counter_ns(), error)
         return response_of(error_answer(error))
 
 

@@ -100,7 +100,8 @@ class OipApi:
 
     async def _model(self, request: Request) -> Response:
         model = self._requested(request)
-        return json_response(model_metadata(model.name, model.info))
+        versions = [one.info.version for one in self._service.registry.versions(model.name)]
+        return json_response(model_metadata(model.name, model.info, versions))
 
     async def _model_ready(self, request: Request) -> Response:
         model = self._requested(request)
@@ -112,12 +113,12 @@ class OipApi:
 
     async def _model_stats(self, request: Request) -> Response:
         model = self._requested(request)
-        return json_response({"model_stats": [model_statistics(model, self._service.figures(model.name))]})
+        return json_response({"model_stats": [model_statistics(model, self._service.figures_of(model))]})
 
     async def _all_stats(self, request: Request) -> Response:
         models = self._service.registry.list()
         return json_response(
-            {"model_stats": [model_statistics(model, self._service.figures(model.name)) for model in models]}
+            {"model_stats": [model_statistics(model, self._service.figures_of(model)) for model in models]}
         )
 
     def _requested(self, request: Request) -> ServedModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from kapsl_scheduler.errors import InvalidInput
@@ -26,7 +26,7 @@ def index_entry(model: ServedModel) -> dict[str, str]:
     return {"name": model.name, "version": model.info.version, "state": state, "reason": reason}
 
 
-def model_metadata(name: str, model: ModelInfo) -> dict[str, Any]:
+def model_metadata(name: str, model: ModelInfo, versions: Sequence[str]) -> dict[str, Any]:
     """The metadata answer; a dimension that is not fixed is -1."""
 
     def tensor(spec: TensorSpec) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def model_metadata(name: str, model: ModelInfo) -> dict[str, Any]:
 
     return {
         "name": name,
-        "versions": [model.version],
+        "versions": list(versions),
         "platform": model.framework,
         "inputs": [tensor(spec) for spec in model.inputs],
         "outputs": [tensor(spec) for spec in model.outputs],

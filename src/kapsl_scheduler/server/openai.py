@@ -115,7 +115,12 @@ class OpenAiApi:
 
     async def _models(self, request: Request) -> Response:
         return json_response(
-            {"object": "list", "data": [self._shown(one.name) for one in self._service.registry.list()]}
+            {
+                "object": "list",
+                "data": [
+                    self._shown(name) for name in dict.fromkeys(one.name for one in self._service.registry.list())
+                ],
+            }
         )
 
     async def _model(self, request: Request) -> Response:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import Any, Self
 
-from kapsl_scheduler.errors import Overloaded, Unavailable
+from kapsl_scheduler.errors import ModelNotLoaded, Overloaded, Unavailable
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.server.answers import status_of
 from kapsl_scheduler.server.oip import InferCall, check_outputs
@@ -72,9 +72,10 @@ class Flight:
     """One request from its coming to its end, counted for the model of that name. Entering it raises `Overloaded`.
     It ends when the `with` is left, or, once it is `kept`, when `end` is called."""
 
-    def __init__(self, service: Service, name: str) -> None:
+    def __init__(self, service: Service, name: str, version: str = "") -> None:
         self._service = service
         self._name = name
+        self._version = version
         self._begun = 0
         self.kept = False
 
@@ -95,7 +96,7 @@ class Flight:
 
     def end(self, error: BaseException | None = None) -> None:
         """The answer, or the stream, is at its end, or failed."""
-        figures = self._service.figures(self._name)
+        figures = self._service.figures(self._name, self._version)
         if error is None:
             figures.ended(self._begun)
         else:
@@ -116,7 +117,7 @@ class Service:
         self.draining = False
         self.in_flight = 0
         self._max_in_flight = max_in_flight
-        self._figures: dict[str, Figures] = {}
+        self._figures: dict[tuple[str, str], Figures] = {}
 
     def enter(self) -> None:
         """A request comes in, of which `leave` is to be called. Raises `Overloaded`."""
@@ -128,13 +129,20 @@ class Service:
         """It has its answer, and that is sent: a client that is slow to send or to read holds memory too."""
         self.in_flight -= 1
 
-    def figures(self, name: str) -> Figures:
-        """Those of a model; kept only for names of models, or every name that a stranger makes up would be."""
-        figures = self._figures.get(name)
+    def figures(self, name: str, version: str = "") -> Figures:
+        """Those of a model, of the latest without a version. They are kept only for models that are there, or those of
+        every name that a stranger makes up would be."""
+        try:
+            return self.figures_of(self.registry.get(name, version))
+        except ModelNotLoaded:
+            return Figures()
+
+    def figures_of(self, model: ServedModel) -> Figures:
+        """Those of a model that is there."""
+        key = model.name, model.info.version
+        figures = self._figures.get(key)
         if figures is None:
-            figures = Figures()
-            if name in self.registry:
-                self._figures[name] = figures
+            figures = self._figures[key] = Figures()
         return figures
 
     async def infer(self, model: ServedModel, call: InferCall) -> InferenceResponse:

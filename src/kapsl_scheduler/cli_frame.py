@@ -1,14 +1,21 @@
-"""What all commands share: options, running a coroutine, reading JSON, and errors as messages that say what to do.
+"""What all commands share: options, running a coroutine, reading JSON, errors as messages that say what to do, and the
+end of the process.
 
 What is not here: the commands (`cli`, `cli_jobs`).
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
+import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
@@ -45,6 +52,8 @@ __all__ = [
     "url_option",
 ]
 
+_log = logging.getLogger(__name__)
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _DEFAULT_URL: Final = "http://127.0.0.1:8080"
@@ -54,10 +63,24 @@ _ADVICE: Final[Mapping[type[Exception], str]] = {
     ModelNotLoaded: "`kapsl-scheduler models` lists what is there.",
     NotFound: "`kapsl-scheduler jobs list` lists what is there.",
 }
+# Seconds that threads have to end which nobody waits for: a sink that is being closed, say.
+_LAST_STEPS: Final = 0.5
+# Seconds that the process may take for its last words, should a thread that does not end hold what they need.
+_LAST_WORDS: Final = 5.0
 
 
 class Commands(click.Group):
-    """Turns what a command raises into one message that says what to do next."""
+    """Turns what a command raises into one message that says what to do next. To call it is to be the process, and ends
+    that; `main` leaves the process alone."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().__call__(*arguments, **options)
+        except BaseException as error:
+            left = _still_at_work()
+            if left:
+                _end_process(error, left)
+            raise
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -90,6 +113,32 @@ def _message(error: EngineError | CronError) -> str:
 
 def _listed(what: str, faults: tuple[str, ...]) -> str:
     return "\n  ".join((f"{what}: {len(faults)} faults", *faults))
+
+
+def _still_at_work() -> list[str]:
+    """The names of our threads that do not end by themselves, though all is closed: each is in somebody's call."""
+    threads = [thread for thread in threading.enumerate() if thread.daemon and thread.name.startswith("kapsl-")]
+    until = time.monotonic() + _LAST_STEPS
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return [thread.name for thread in threads if thread.is_alive()]
+
+
+def _end_process(error: BaseException, left: Iterable[str]) -> NoReturn:
+    """Says and flushes all that the interpreter would at its end, which is left out: a thread that comes back to an
+    interpreter that is gone is ended where it stands, and where that is within C++ code, that aborts the process."""
+    status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    watch = threading.Timer(_LAST_WORDS, os._exit, (status,))
+    watch.daemon = True
+    watch.start()
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+    _log.warning("the process ends although calls hang, in these threads: %s", ", ".join(left))
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(status)
 
 
 def url_option(command: _Command) -> _Command:

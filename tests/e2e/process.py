@@ -15,9 +15,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from kapsl_scheduler.client import Client
+
 PATIENCE = 30.0  # seconds; only a failure waits this long
 DIGITS = Path(__file__).parents[2] / "models" / "digits" / "digits.onnx"
 SIDE = 256
+FOREVER = 10**9  # turns of the working model: a day
 
 
 def build_working_model(path: Path) -> Path:
@@ -66,10 +69,11 @@ def work(x: float, turns: int) -> dict[str, Any]:
 
 
 class Process:
-    """A `kapsl_scheduler` process and what it printed first."""
+    """A `kapsl_scheduler` process, what it printed first, and what else by its end."""
 
     def __init__(self, process: asyncio.subprocess.Process, first_line: str) -> None:
         self.first_line = first_line
+        self.last_lines = ""
         self._process = process
 
     @property
@@ -82,8 +86,9 @@ class Process:
     async def end(self) -> tuple[int, str]:
         """Waits for the end: the exit code and what was written to stderr."""
         async with asyncio.timeout(PATIENCE):
-            _, stderr = await self._process.communicate()
+            stdout, stderr = await self._process.communicate()
         assert self._process.returncode is not None
+        self.last_lines = stdout.decode()
         return self._process.returncode, stderr.decode()
 
 
@@ -131,3 +136,13 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not await condition():
             pass
+
+
+def counted(client: Client, count: str, value: int) -> Callable[[], Awaitable[bool]]:
+    """Whether a figure of the working model's scheduler has reached a value."""
+
+    async def reached() -> bool:
+        figure: int = (await client.stats("work"))["scheduler"][count]
+        return figure >= value
+
+    return reached

@@ -290,7 +290,7 @@ async def test_a_hung_call_of_an_asynchronous_engine_is_named_and_ended(caplog: 
         await scheduler.close(drain=1)
         assert [type(error) for error in await asyncio.gather(*callers, return_exceptions=True)] == [Unavailable]
     assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [
-        "FakeAsyncEngine-0.1: a call hangs; its slot is left behind"
+        f"FakeAsyncEngine-0.1: a call hangs; its slot is left behind: {engine!r}"
     ]
     assert engine.in_flight == 0
     assert not engine.loaded

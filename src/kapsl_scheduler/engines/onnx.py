@@ -128,7 +128,10 @@ class OnnxEngine:
         self.bounded_call = False
 
     def __repr__(self) -> str:
-        return f"OnnxEngine({str(self._path)!r}, providers={self._providers!r}, threads={self._threads})"
+        return (
+            f"OnnxEngine({str(self._path)!r}, providers={self._providers!r}, threads={self._threads}, "
+            f"name={self._name!r})"
+        )
 
     # ------------------------------------------------------------------------------------- life
 

@@ -177,7 +177,7 @@ class Dispatch:
                 await asyncio.wait([worker.ended for worker in group], timeout=patience)
             for worker in group:
                 if not worker.ended.done():
-                    logger.error("%s: a call hangs; its slot is left behind", worker.name)
+                    logger.error("%s: a call hangs; its slot is left behind: %r", worker.name, worker.state.engine)
                     hung.append(worker.name)
                     await worker.abandon(patience)
         return hung

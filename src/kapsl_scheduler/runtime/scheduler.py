@@ -148,9 +148,10 @@ class Scheduler:
         `Unavailable` (those of an `infer_many` that have not had their turn among them), stop the slots and unload the
         engines. One that is still starting is stopped when its engines are loaded: who enters it hears `Unavailable`.
 
-        A slot whose call hangs is left behind and named in the log. Closing what is closed, or never was entered, does
-        nothing; closing while another closes waits for it, and shortens its drain if this one is shorter. Cancelling it
-        cuts the drain short; the rest is done all the same.
+        A slot whose call hangs is left behind and named in the log. A program that ends while such a call is inside C++
+        code should flush and `os._exit`: Python's own end may abort it when the call comes back. Closing what is
+        closed, or never was entered, does nothing; closing while another closes waits for it, and shortens its drain if
+        this one is shorter. Cancelling it cuts the drain short; the rest is done all the same.
         """
         if self._entrance.phase in (Phase.NEW, Phase.CLOSED):
             return

@@ -21,12 +21,11 @@ from kapsl_scheduler.core.jobs import CronJob
 from kapsl_scheduler.core.wire import encode_tensor
 from kapsl_scheduler.errors import InvalidJob, ModelLoadError, NotFound, Unavailable
 from kapsl_scheduler.packages import build_package
-from tests.e2e.process import DIGITS, Process, build_working_model, run, serving, until, work
+from tests.e2e.process import DIGITS, FOREVER, Process, build_working_model, run, serving, until, work
 
 pytestmark = pytest.mark.slow
 
-LONG = 400  # turns of the working model: some tenths of a second
-LONGER = 2000
+LONG = 400  # turns of the working model: some tenths of a second at most
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +37,9 @@ def nightly(turns: int = 1) -> bytes:
     return encode_job(CronJob("night", "0 0 3 * * *", work(2, turns), model="work").check())
 
 
-def in_state(client: Client, number: int, state: str) -> Callable[[], Awaitable[bool]]:
+def in_state(client: Client, number: int, *states: str) -> Callable[[], Awaitable[bool]]:
     async def reached() -> bool:
-        return bool((await client.get(f"/v2/cron/runs/{number}"))["state"] == state)
+        return (await client.get(f"/v2/cron/runs/{number}"))["state"] in states
 
     return reached
 
@@ -52,7 +51,7 @@ async def test_jobs_and_history_outlive_the_server_and_a_signal_records_what_it_
         await client.put_job("night", nightly())
         short = await client.trigger_job("night", "short")
         await until(in_state(client, short["number"], "succeeded"))
-        await client.put_job("night", nightly(LONGER))
+        await client.put_job("night", nightly(FOREVER))
         await client.pause_job("night", "for now")
         long = await client.trigger_job("night", "long")
         await until(in_state(client, long["number"], "running"))
@@ -88,7 +87,7 @@ async def test_runs_end_within_the_drain_and_changes_are_refused_meanwhile(model
     async with serving(model, "--store", store) as server, Client(server.url) as client:
         await client.put_job("night", nightly(LONG))
         number = (await client.trigger_job("night"))["number"]
-        await until(in_state(client, number, "running"))
+        await until(in_state(client, number, "running", "succeeded"))
         server.send(signal.SIGTERM)
 
         await until(lambda: refused(client))

@@ -49,7 +49,7 @@ def ask(listening: Listening) -> None:
     chat = {"model": "chain", "seed": 3, "max_tokens": 12, "messages": [{"role": "user", "content": "live requests"}]}
     request = urllib.request.Request(f"{listening.url}/v1/chat/completions", json.dumps(chat).encode())
     with urllib.request.urlopen(request) as answer:
-        print(json.load(answer)["choices"][0]["message"]["content"])
+        print(json.load(answer)["choices"][0]["message"]["content"].strip())
     os.kill(os.getpid(), signal.SIGTERM)
 
 

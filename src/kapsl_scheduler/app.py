@@ -141,7 +141,7 @@ async def serve(
             jobs.over(registry) as cron,
             _Models(config, registry, jobs, Path(workdir)) as loading,
         ):
-            if await _done_before(stop, loading.load(models, engines or {})):
+            if await _done_before(stop, loading.load(models, engines)):
                 await _serve_http(config, registry, cron, loading, listener, announce, stop)
 
 
@@ -173,9 +173,9 @@ class _Models:
         self.stop()
         await asyncio.gather(*(reload.task for reload in self._reloads.values()), return_exceptions=True)
 
-    async def load(self, models: Sequence[str], engines: Mapping[str, Any]) -> None:
+    async def load(self, models: Sequence[str], engines: Mapping[str, Any] | None = None) -> None:
         """Loads all models. Raises `ModelLoadError`, and `ConfigError` for a configured model that is not there."""
-        for source in await _open_all(self._config, models, engines, self._workdir):
+        for source in await _open_all(self._config, models, self._workdir, engines):
             model = await self._registry.load(source.name, source)
             if source.package is not None:
                 self._given.setdefault(source.name, {})[source.given] = model
@@ -242,9 +242,11 @@ class _Models:
                 reload.task.cancel()
 
 
-async def _open_all(config: Config, models: Sequence[str], engines: Mapping[str, Any], workdir: Path) -> list[_Source]:
+async def _open_all(
+    config: Config, models: Sequence[str], workdir: Path, engines: Mapping[str, Any] | None = None
+) -> list[_Source]:
     sources: dict[tuple[str, str], _Source] = {}
-    for name, given_engines in engines.items():
+    for name, given_engines in (engines or {}).items():
         several = tuple(given_engines) if isinstance(given_engines, list | tuple) else (given_engines,)
         sources[_checked_name(name, f"{name}=..."), ""] = _Source(name, name, config.for_model(name), engines=several)
     for given in models:
@@ -299,7 +301,7 @@ class _SourceScheduler(Scheduler):
     def __init__(self, source: _Source) -> None:
         settings = source.settings
         super().__init__(
-            source.engines if source.package is None else [_engine(source.name, source.package, source.settings)],
+            source.engines if source.package is None else [_engine(source)],
             batch=settings.batch_policy(),
             queue=settings.queue_policy(),
             workers_per_engine=settings.workers,
@@ -324,7 +326,10 @@ async def _start(source: _Source) -> Scheduler:
         raise
 
 
-def _engine(name: str, package: LoadedPackage, settings: ModelSettings) -> OnnxEngine:
+def _engine(source: _Source) -> OnnxEngine:
+    """The engine of a package."""
+    name, package, settings = source.name, source.package, source.settings
+    assert package is not None
     manifest = package.manifest
     if manifest.framework.lower() != "onnx":
         raise ModelLoadError(f"{name}: framework {manifest.framework!r} came, expected 'onnx'")
@@ -332,7 +337,7 @@ def _engine(name: str, package: LoadedPackage, settings: ModelSettings) -> OnnxE
     preferred = requirements.preferred_provider
     providers = usable_providers(filter(None, (preferred, *requirements.fallback_providers)))
     if preferred and not preferred.lower().startswith(providers[0]):
-        _log.warning("%s: this onnxruntime has no provider %r, so %r it is", name, preferred, providers[0])
+        _log.warning("%s: this onnxruntime has no provider %r, so %r it is", source.given, preferred, providers[0])
     return OnnxEngine(
         package.model_path,
         providers=providers,

@@ -9,7 +9,7 @@ import re
 import resource
 import shutil
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSetti
 from kapsl_scheduler.core.jobs import CronJob, Named
 from kapsl_scheduler.core.wire import encode_tensor
 from kapsl_scheduler.demo.run import PACKAGE
+from kapsl_scheduler.engines import CallableEngine
 from kapsl_scheduler.errors import (
     InvalidInput,
     InvalidPackage,
@@ -71,9 +72,12 @@ async def test_a_model_whose_name_has_no_url_needs_another_name(tmp_path: Path, 
 
 @asynccontextmanager
 async def loaded(
-    tmp_path: Path, cron: CronSettings | None = None
+    tmp_path: Path,
+    cron: CronSettings | None = None,
+    given: Sequence[str] | None = None,
+    engines: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[tuple[Path, ModelRegistry[Any], app._Models]]:
-    """The digits model under its name, from a package that a test may replace."""
+    """The digits model under its name, from a package that a test may replace; or what is given."""
     package, unpacked = tmp_path / "digits.aimod", tmp_path / "unpacked"
     shutil.copy(PACKAGE, package)
     config = Config(cron=cron or CronSettings(store="memory"))
@@ -83,9 +87,9 @@ async def loaded(
         jobs.over(registry),
         app._Models(config, registry, jobs, unpacked) as models,
     ):
-        await models.load([str(package)])
+        await models.load([str(package)] if given is None else given, engines)
         yield package, registry, models
-    assert list(unpacked.iterdir()) == []
+    assert not unpacked.exists() or list(unpacked.iterdir()) == []
 
 
 def jobs_of(models: app._Models) -> dict[str, CronJob]:
@@ -410,3 +414,33 @@ def test_the_limit_on_open_files_is_raised_as_far_as_it_may_and_never_lowered(li
     for wanted, got in [(300, 300), (250, 300), *([(hard + 1, hard)] if hard > 0 else [])]:
         app._allow_files(wanted)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (got, hard)
+
+
+async def test_engines_of_a_program_are_served_beside_packages_and_are_loaded_once(tmp_path: Path) -> None:
+    engine = CallableEngine(lambda x: x, inputs={"x": ("float32", (None, 2))}, outputs={"y": ("float32", (None, 2))})
+    sources = await app._open_all(Config(), [str(DIGITS)], tmp_path, {"mine": engine, "both": [engine, engine]})
+    assert [(source.name, len(source.engines)) for source in sources] == [("mine", 1), ("both", 2), ("digits", 0)]
+    with pytest.raises(ModelLoadError, match="a model named 'a/b' has no URL"):
+        await app._open_all(Config(), [], tmp_path, {"a/b": engine})
+    async with loaded(tmp_path, given=[], engines={"mine": engine}) as (_, registry, models):
+        assert registry.get("mine").info.framework == "python"
+        with pytest.raises(ModelLoadError, match="'mine' is the running program's own"):
+            await models.reload("mine")
+
+
+async def test_versions_of_a_model_are_loaded_side_by_side_and_anew(tmp_path: Path) -> None:
+    paths = [
+        f"digits={build_package(DIGITS, tmp_path / f'{version}.aimod', version=version)}"
+        for version in ("1.2.0", "1.10.0")
+    ]
+    with pytest.raises(ModelLoadError, match=r"version 1\.2\.0 of a model named 'digits' is there already"):
+        await app._open_all(Config(), [paths[0], paths[0]], tmp_path)
+    async with loaded(tmp_path, given=paths) as (_, registry, models):
+        before = registry.versions("digits")
+        assert [model.info.version for model in before] == ["1.2.0", "1.10.0"]
+        assert (await models.reload("digits")).info.version == "1.10.0"
+        after = registry.versions("digits")
+        assert [model.info.version for model in after] == ["1.2.0", "1.10.0"]
+        assert not set(map(id, before)) & set(map(id, after))
+        await models.unload("digits")
+        assert registry.list() == []

@@ -16,6 +16,7 @@ import re
 import resource
 import signal
 import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
@@ -27,7 +28,15 @@ from typing import Any, Final, NamedTuple
 import uvicorn
 
 from kapsl_scheduler.adapters import builtin_adapters
-from kapsl_scheduler.config import Config, ConfigError, ModelSettings, load_config, unknown_key
+from kapsl_scheduler.config import (
+    Config,
+    ConfigError,
+    ModelSettings,
+    ServerSettings,
+    is_loopback,
+    load_config,
+    unknown_key,
+)
 from kapsl_scheduler.engines.onnx import OnnxEngine, usable_providers
 from kapsl_scheduler.errors import (
     DuplicateId,
@@ -45,6 +54,7 @@ from kapsl_scheduler.runtime.cron_manifest import declared_inputs
 from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
+from kapsl_scheduler.server.access import Access, Guard, Hosts
 from kapsl_scheduler.server.cron import NO_JOBS, CronApi, misfit
 from kapsl_scheduler.server.door import Connection
 from kapsl_scheduler.server.generate import GenerateApi
@@ -70,7 +80,7 @@ _KEEP_ALIVE: Final = 75
 _GOODBYE: Final = 2
 # Seconds in which it is written down how the last runs of jobs have ended.
 _LAST_WORD: Final = 1.0
-# Files that the process may have open beside a connection for each request in flight: models, idle connections.
+# Files that the process may have open beside its connections: models, stores.
 _OTHER_FILES: Final = 1024
 
 
@@ -130,7 +140,7 @@ async def serve(
     that cannot be had.
     """
     jobs = _Jobs(config)  # before signals are handled: what it imports may take a while
-    _allow_files(config.server.max_in_flight + _OTHER_FILES)
+    _allow_files(config.server.max_connections + _OTHER_FILES)
     with (
         _first_signal() as stop,
         tempfile.TemporaryDirectory(prefix="kapsl-") as workdir,
@@ -537,14 +547,24 @@ async def _serve_http(
     if cron is not None:
         parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
     metrics = Metrics(service.version, cron)
-    api = HttpApi(service, max_body_bytes=max_body_bytes, metrics=metrics, parts=parts, absent=NO_JOBS)
+    settings = config.server
+    api = HttpApi(
+        service,
+        max_body_bytes=max_body_bytes,
+        metrics=metrics,
+        parts=parts,
+        absent=NO_JOBS,
+        guard=_guard(config),
+        access_log=settings.access_log,
+    )
     host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http" if settings.tls_cert is None else "https"
+    url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
     names = tuple(dict.fromkeys(model.name for model in registry.list()))
     server = _Server(
         uvicorn.Config(
             api,
-            http=partial(Connection, api.inference),  # type: ignore[arg-type]  # it is called as a class would be
+            http=partial(Connection, api.inference, settings.max_connections),  # type: ignore[arg-type]  # it is called as a class would be
             ws="none",
             lifespan="off",
             log_config=None,
@@ -553,11 +573,13 @@ async def _serve_http(
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=math.ceil(config.server.drain) + _GOODBYE,
+            **_tls(settings),
         ),
         started=lambda: announce(Listening(url, names)),
     )
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(server.serve([listener]))
+        sweeping = group.create_task(_sweep(server, settings.client_patience))
         await stop.wait()
         service.draining = True
         models.stop()
@@ -569,8 +591,46 @@ async def _serve_http(
         await asyncio.wait(draining, timeout=config.server.drain)
         if cron is not None:  # its runs are cut short by now, and it is being written down that it was not their model
             await asyncio.wait({closing}, timeout=_LAST_WORD)
+        sweeping.cancel()
         # Whoever still waits now hears that the server is closing, not that the connection is gone.
         await registry.close(0)
+
+
+def _guard(config: Config) -> Guard | None:
+    """What stands before the routes, if anything does."""
+    settings = config.server
+    access = Access(config.tokens) if config.tokens else None
+    hosts = None
+    if settings.allowed_hosts or is_loopback(settings.host):
+        hosts = Hosts(("localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts))
+    return None if access is None and hosts is None else Guard(access, hosts)
+
+
+def _tls(settings: ServerSettings) -> dict[str, Any]:
+    """What uvicorn is to know of certificates. Raises `ConfigError` for files that do not do."""
+    if settings.tls_cert is None:
+        return {}
+    try:  # uvicorn would end in a traceback
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=settings.tls_client_ca)
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        files = ", ".join(filter(None, (settings.tls_cert, settings.tls_key, settings.tls_client_ca)))
+        raise ConfigError([f"tls_cert, tls_key, tls_client_ca: {files}: {error}"]) from error
+    return {
+        "ssl_certfile": settings.tls_cert,
+        "ssl_keyfile": settings.tls_key,
+        "ssl_ca_certs": settings.tls_client_ca,
+        "ssl_cert_reqs": ssl.CERT_NONE if settings.tls_client_ca is None else ssl.CERT_REQUIRED,
+    }
+
+
+async def _sweep(server: uvicorn.Server, patience: float) -> None:
+    """Lets go of clients that stall, until cancelled: one look at all connections instead of a timer for each."""
+    while True:
+        await asyncio.sleep(patience / 4)
+        for connection in list(server.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.close_if_stalled(patience)
 
 
 def _version() -> str:

@@ -28,6 +28,7 @@ from kapsl_scheduler.cli_frame import (
     url_option,
 )
 from kapsl_scheduler.cli_jobs import explain, jobs
+from kapsl_scheduler.cli_token import token
 from kapsl_scheduler.config import CRON_PREFIX, CronSettings, ModelSettings, ServerSettings, load_config, options
 from kapsl_scheduler.server.loop import run_coroutine
 from kapsl_scheduler.types import InferenceRequest, Priority, dtype_name
@@ -42,9 +43,17 @@ __all__ = ["main"]
 _HELP: Final[Mapping[str, str]] = {
     "host": "Address to listen on.",
     "port": "Port to listen on; 0 takes one that is free.",
-    "allow_remote": "Allow an address that other machines can reach. There is no authentication yet.",
+    "allow_remote": "Allow an address that other machines can reach, though everybody who does may use the server.",
     "max_body_bytes": "Largest request body.",
     "max_in_flight": "Most inference requests at a time, for all models together.",
+    "max_connections": "Most connections at a time.",
+    "client_patience": "Seconds after which a client loses its connection that stalls in the middle of a request.",
+    "tokens": "File of those who may ask: `kapsl-scheduler token new` makes its lines.",
+    "allowed_hosts": "Names under which the server is reached beside localhost's, with commas.",
+    "tls_cert": "Certificate of the server (PEM), with its chain: makes it HTTPS.",
+    "tls_key": "Its private key (PEM).",
+    "tls_client_ca": "Authority (PEM) whose certificate each client must have.",
+    "access_log": "Log every request, without what is in it.",
     "drain": "Seconds that requests and jobs in flight have to end after a signal.",
     "cron_enabled": "Run no jobs, and need no store for them.",
     "cron_store": "SQLite file of the jobs and their history, or memory. [default: in the state directory]",
@@ -79,6 +88,7 @@ def main() -> None:
 
 main.add_command(jobs)
 main.add_command(explain)
+main.add_command(token)
 
 _input = click.option("--input", "source", metavar="FILE", help="Inputs: a .json or .npy file, or - for JSON on stdin.")
 _priority = click.option(
@@ -124,9 +134,12 @@ def serve(models: tuple[str, ...], file: Path | None, **flags: Any) -> None:
     file only: [cron.callables].
     """
     from kapsl_scheduler import app
+    from kapsl_scheduler.server.journal import ACCESS, AUDIT
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = load_config(flags=flags, environment=os.environ, file=file)
+    AUDIT.setLevel(logging.INFO if config.tokens else logging.WARNING)  # with nobody to name it says nothing
+    ACCESS.setLevel(logging.INFO if config.server.access_log else logging.WARNING)
     run_coroutine(app.serve(config, models, announce=_announce))
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 import msgspec
 import numpy as np
 
-from kapsl_scheduler.config import ConfigError
+from kapsl_scheduler.config import TOKEN_VARIABLE, ConfigError
 from kapsl_scheduler.errors import (
     CronError,
     EngineError,
@@ -29,6 +29,7 @@ from kapsl_scheduler.errors import (
     InvalidPackage,
     ModelNotLoaded,
     NotFound,
+    Unauthorized,
     Unavailable,
 )
 from kapsl_scheduler.server.loop import run_coroutine
@@ -62,6 +63,7 @@ _ADVICE: Final[Mapping[type[Exception], str]] = {
     Unavailable: "Start a server with `kapsl-scheduler serve MODEL`, or name one with --url.",
     ModelNotLoaded: "`kapsl-scheduler models` lists what is there.",
     NotFound: "`kapsl-scheduler jobs list` lists what is there.",
+    Unauthorized: "Set KAPSL_TOKEN to a token of this server; `kapsl-scheduler token new` makes one.",
 }
 # Seconds that threads have to end which nobody waits for: a sink that is being closed, say.
 _LAST_STEPS: Final = 0.5
@@ -159,7 +161,7 @@ def ask_server(url: str, ask: Callable[[Client], Awaitable[Any]]) -> Any:
     async def call() -> Any:
         from kapsl_scheduler.client import Client
 
-        async with Client(url) as client:
+        async with Client(url, token=os.environ.get(TOKEN_VARIABLE)) as client:
             return await ask(client)
 
     return run_coroutine(call())

@@ -40,12 +40,14 @@ _ERRORS: Final[Mapping[str, type[errors.EngineError]]] = {
         errors.Backend,
         errors.Cancelled,
         errors.DeadlineExceeded,
+        errors.Forbidden,
         errors.InferenceError,
         errors.InvalidInput,
         errors.ModelLoadError,
         errors.ModelNotLoaded,
         errors.Overloaded,
         errors.ResourceExhausted,
+        errors.Unauthorized,
         errors.Unavailable,
     )
 }
@@ -78,12 +80,14 @@ class _Answer(NamedTuple):
 class Client:
     """Calls a server at `url` (`http://` or `https://`, and a path if the server is behind one).
 
+    `token` is who asks, where the server wants to know.
+
     Every method raises the error that the server named, with its type (an `EngineError` or a `CronError`), and
     `Unavailable` where there is no server or where it went away. Cancelling a call closes its connection, which
     cancels it on the server.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, token: str | None = None) -> None:
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port
@@ -98,6 +102,9 @@ class Client:
         self._port = port or (443 if parts.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._authority = parts.netloc.encode()
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise errors.InvalidInput("the token has characters that no token has")
+        self._credential = b"" if token is None else b"authorization: Bearer %b\r\n" % token.strip().encode()
         self._idle: list[_Connection] = []
 
     async def __aenter__(self) -> Client:
@@ -249,8 +256,8 @@ class Client:
             raise errors.Unavailable(message) from error
 
     async def _call(self, method: bytes, path: str, body: bytes) -> bytes:
-        head = b"%b %b HTTP/1.1\r\nhost: %b\r\ncontent-length: %d\r\n\r\n"
-        request = head % (method, (self._base + path).encode(), self._authority, len(body)) + body
+        head = b"%b %b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n"
+        request = head % (method, (self._base + path).encode(), self._authority, self._credential, len(body)) + body
         connection = await self._connect()
         try:
             answer = await connection.exchange(request)

@@ -21,6 +21,7 @@ import msgspec
 
 from kapsl_scheduler.core.batch import BatchPolicy
 from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
+from kapsl_scheduler.server.access import Token, tokens_of
 from kapsl_scheduler.types import Priority
 
 __all__ = [
@@ -36,10 +37,15 @@ __all__ = [
 
 _PREFIX: Final = "KAPSL_"
 _FILE_VARIABLE: Final = "KAPSL_CONFIG"
+_TOKENS_VARIABLE: Final = "KAPSL_TOKENS_TEXT"
+TOKEN_VARIABLE: Final = "KAPSL_TOKEN"
+"""What the commands that ask a server say who they are with: none of the server's own settings."""
+_OTHER_VARIABLES: Final = frozenset({_FILE_VARIABLE, _TOKENS_VARIABLE, TOKEN_VARIABLE})
 CRON_PREFIX: Final = "cron_"
 """What stands before the keys of `[cron]` where there are no sections: in flags and variables."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
+_Path = Annotated[str, msgspec.Meta(min_length=1)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -53,7 +59,12 @@ class ConfigError(ValueError):
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The process as a whole. `drain` (seconds) is how long work in flight may take after a signal to end;
-    port 0 lets the system choose; `max_in_flight` bounds the inference requests of all models together."""
+    port 0 lets the system choose; `max_in_flight` bounds the inference requests of all models together.
+
+    `tokens` is a file of those who may ask (`server.access`); without any, everybody who reaches the server may.
+    `allowed_hosts` are names under which it is reached beside loopback's. `tls_cert` and `tls_key` (PEM files) make it
+    HTTPS, `tls_client_ca` has clients show a certificate of that authority. A client that neither sends nor takes a
+    byte for `client_patience` seconds in the middle of a request loses its connection."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
@@ -61,7 +72,15 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: _Count = 64 << 20
     # Well above a model's queue and those that wait for room in it: a full queue refuses with better advice.
     max_in_flight: _Count = 4096
+    max_connections: _Count = 8192
+    client_patience: Annotated[float, msgspec.Meta(gt=0)] = 20.0
     drain: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 10.0
+    tokens: _Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    tls_cert: _Path | None = None
+    tls_key: _Path | None = None
+    tls_client_ca: _Path | None = None
+    access_log: bool = False
 
 
 class CronSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +150,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     `state_directory` is where a server keeps what is to outlive it; None: nothing does."""
 
     server: ServerSettings = ServerSettings()
+    tokens: tuple[Token, ...] = ()
     cron: CronSettings = CronSettings()
     state_directory: Path | None = None
     model: ModelSettings = ModelSettings()
@@ -169,20 +189,52 @@ def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], fil
     models = {
         name: _settings(ModelSettings, tables.model | table | of_all, faults) for name, table in tables.models.items()
     }
-    if server is not None and not server.allow_remote and not _is_loopback(server.host):
-        faults.append(
-            f"host: {server.host!r} can be reached from other machines, and this version has no authentication "
-            "(tokens come with a later one): add --allow-remote if everybody who reaches it may use it"
-        )
+    tokens: list[Token] = []
+    if server is not None:
+        tokens = _tokens(server, environment, faults)
+        if not tokens and not server.allow_remote and not is_loopback(server.host):
+            faults.append(
+                f"host: {server.host!r} can be reached from other machines: make a token for each who may ask "
+                "(kapsl-scheduler token new) and name their file with --tokens, or add --allow-remote if everybody who "
+                "reaches it may use it"
+            )
+        if (server.tls_cert is None) != (server.tls_key is None):
+            faults.append("tls_cert, tls_key: expected both or neither")
+        if server.tls_client_ca is not None and server.tls_cert is None:
+            faults.append("tls_client_ca: means something only with tls_cert and tls_key")
     if faults:
         raise ConfigError(dict.fromkeys(faults))
     return Config(
         server=server or ServerSettings(),
+        tokens=tuple(tokens),
         cron=cron or CronSettings(),
         state_directory=_state_directory(environment),
         model=model or ModelSettings(),
         models={name: settings for name, settings in models.items() if settings is not None},
     )
+
+
+def _tokens(server: ServerSettings, environment: Mapping[str, str], faults: list[str]) -> list[Token]:
+    """Those of the file, and those of the environment."""
+    texts: list[tuple[str, str]] = []
+    if _TOKENS_VARIABLE in environment:
+        texts.append((environment[_TOKENS_VARIABLE], _TOKENS_VARIABLE))
+    if server.tokens is not None:
+        try:
+            texts.append((Path(server.tokens).expanduser().read_text("utf-8"), server.tokens))
+        except (OSError, UnicodeDecodeError) as error:
+            faults.append(f"tokens: {server.tokens}: cannot be read: {getattr(error, 'strerror', error)}")
+    found: list[Token] = []
+    for text, where in texts:
+        try:
+            entries = tokens_of(text, where)
+        except ValueError as error:
+            faults.extend(str(error).splitlines())
+        else:
+            if not entries:
+                faults.append(f"tokens: {where} has none")
+            found += entries
+    return found
 
 
 def _state_directory(environment: Mapping[str, str]) -> Path:
@@ -229,7 +281,7 @@ def _from_environment(environment: Mapping[str, str], faults: list[str]) -> _Lay
     valid = {_PREFIX + key.upper(): key for key in (*_keys(ServerSettings), *of_cron, *_keys(ModelSettings))}
     layer = {}
     for variable, value in environment.items():
-        if not variable.startswith(_PREFIX) or variable == _FILE_VARIABLE:
+        if not variable.startswith(_PREFIX) or variable in _OTHER_VARIABLES:
             continue
         if variable in valid:
             layer[valid[variable]] = _Given(value, variable)
@@ -334,7 +386,8 @@ def _choices(kind: Any) -> str:
     return f"Expected one of {', '.join(values)}"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -17,6 +17,7 @@ __all__ = [
     "DeadlineExceeded",
     "DuplicateId",
     "EngineError",
+    "Forbidden",
     "InferenceError",
     "InvalidExpression",
     "InvalidInput",
@@ -28,6 +29,7 @@ __all__ = [
     "Overloaded",
     "ResourceExhausted",
     "StoreError",
+    "Unauthorized",
     "Unavailable",
 ]
 
@@ -102,6 +104,18 @@ class DeadlineExceeded(EngineError, TimeoutError):
 
     code = "deadline_exceeded"
     retryable = True
+
+
+class Unauthorized(EngineError):
+    """Who asks has not said who they are, or nobody knows them."""
+
+    code = "unauthorized"
+
+
+class Forbidden(EngineError):
+    """Who asks may not have this."""
+
+    code = "forbidden"
 
 
 class Cancelled(EngineError):

@@ -92,8 +92,12 @@ class Process:
         return self._process.returncode, stderr.decode()
 
 
+ALSO: dict[str, str] = {}
+"""What every process finds in its environment besides."""
+
+
 async def start(*arguments: str | Path, **environment: str) -> asyncio.subprocess.Process:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("KAPSL_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("KAPSL_")} | ALSO
     return await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "kapsl_scheduler"),

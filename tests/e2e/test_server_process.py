@@ -129,7 +129,7 @@ async def test_a_body_that_grows_too_large_is_cut_off(model: Path) -> None:
     async with serving(model, "--max-body-bytes", "20000") as server:
         host, port = urlsplit(server.url).netloc.split(":")
         reader, writer = await asyncio.open_connection(host, port)
-        writer.write(b"POST /v2/models/work/infer HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        writer.write(b"POST /v2/models/work/infer HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
         for _ in range(3):
             writer.write(b"%x\r\n%b\r\n" % (10_000, b" " * 10_000))
         head = await reader.readuntil(b"\r\n\r\n")

@@ -15,6 +15,7 @@ from kapsl_scheduler import BatchPolicy, CronScheduler, QueueOverflowPolicy, Que
 from kapsl_scheduler.engines import CallableEngine
 from kapsl_scheduler.ports import CronTarget, JobStore
 from kapsl_scheduler.runtime.registry import ModelRegistry
+from kapsl_scheduler.server.access import Guard
 from kapsl_scheduler.server.cron import NO_JOBS, CronApi
 from kapsl_scheduler.server.http import HttpApi, Part
 from kapsl_scheduler.server.metrics import Metrics
@@ -72,6 +73,8 @@ def api_over(
     cron: CronScheduler | None = None,
     max_body_bytes: int = 64 << 20,
     max_in_flight: int = 4096,
+    guard: Guard | None = None,
+    access_log: bool = False,
     **repository: Any,
 ) -> HttpApi:
     """The application as the server puts it together. `repository` may have `reload` and `unload`."""
@@ -79,7 +82,15 @@ def api_over(
     parts: list[Part] = [OipApi(service, **repository)]
     if cron is not None:
         parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
-    return HttpApi(service, max_body_bytes=max_body_bytes, metrics=Metrics(version, cron), parts=parts, absent=NO_JOBS)
+    return HttpApi(
+        service,
+        max_body_bytes=max_body_bytes,
+        metrics=Metrics(version, cron),
+        parts=parts,
+        absent=NO_JOBS,
+        guard=guard,
+        access_log=access_log,
+    )
 
 
 class Targets:

@@ -9,6 +9,7 @@ import pytest
 from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSettings, ServerSettings, load_config
 from kapsl_scheduler.core.batch import BatchPolicy
 from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
+from kapsl_scheduler.server.access import Role, made_token
 from kapsl_scheduler.types import Priority
 
 
@@ -143,13 +144,36 @@ def test_an_address_that_others_can_reach_needs_a_word(host: str) -> None:
     (fault,) = faults_of({"host": host}, {})
 
     assert "--allow-remote" in fault
-    assert "no authentication" in fault
+    assert "kapsl-scheduler token new" in fault
     assert load_config(flags={"host": host, "allow_remote": True}, environment={}).server.host == host
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_none(host: str) -> None:
     assert load_config(flags={"host": host}, environment={}).server.host == host
+
+
+def test_an_address_that_others_can_reach_does_with_tokens(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text(made_token("ann", Role.READER)[1] + "\n")
+    flags = {"host": "0.0.0.0", "tokens": str(tmp_path / "tokens")}
+    environment = {"KAPSL_TOKENS_TEXT": made_token("bob", Role.ADMIN)[1], "KAPSL_TOKEN": "a client's"}
+    config = load_config(flags=flags, environment=environment)
+
+    assert [token.name for token in config.tokens] == ["bob", "ann"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"tokens": "nowhere"}, "tokens: nowhere: cannot be read: No such file or directory"),
+        ({"tokens": "/dev/null"}, "tokens: /dev/null has none"),
+        ({"tls_cert": "x"}, "tls_cert, tls_key: expected both or neither"),
+        ({"tls_key": "x"}, "tls_cert, tls_key: expected both or neither"),
+        ({"tls_client_ca": "x"}, "tls_client_ca: means something only with tls_cert and tls_key"),
+    ],
+)
+def test_what_keeps_strangers_out_must_be_whole(flags: dict[str, str], said: str) -> None:
+    assert faults_of(flags, {}) == (said,)
 
 
 def test_a_key_means_one_thing_only() -> None:

@@ -4,6 +4,7 @@ what is no HTTP."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -45,7 +46,7 @@ class Application:
 
 @asynccontextmanager
 async def connected(
-    application: Any = None,
+    application: Any = None, most: int = 100, made: list[Connection] | None = None
 ) -> AsyncIterator[tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]]:
     application = application or Application()
     config = uvicorn.Config(application, log_config=None, lifespan="off", ws="none")
@@ -57,8 +58,13 @@ async def connected(
             super().connection_lost(error)
             lost.set()
 
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if made is not None:
+                made.append(self)
+
     server = await asyncio.get_running_loop().create_server(
-        lambda: Watched(getattr(application, "inference", None), config, state, {}), "127.0.0.1", 0
+        lambda: Watched(getattr(application, "inference", None), most, config, state, {}), "127.0.0.1", 0
     )
     async with server:
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
@@ -263,3 +269,72 @@ async def test_beyond_the_requests_in_flight_the_next_is_refused_and_its_connect
             writer.write(infer())
             assert (await answer(reader))[0] == 200
         assert server.api.inference.service.in_flight == 0
+
+
+# -------------------------------------------------------------------------------------- bounds of clients
+
+CHUNKED = b"POST /v2/models/m/infer HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n"
+
+
+async def test_connections_are_bounded() -> None:
+    async with connected(most=0) as (_, reader, _writer):
+        status, body = await answer(reader)
+        assert (status, decoded(body)["code"]) == (503, "overloaded")
+        assert await reader.read() == b""
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST /v2/models/m/infer HT", infer()[:-1], CHUNKED, b"GET /v2 HTTP/1.1\r\nx: "]
+)
+async def test_a_client_that_stalls_in_the_middle_of_a_request_is_let_go(sent: bytes) -> None:
+    made: list[Connection] = []
+    async with serving() as server, connected(server.api, made=made) as (_, reader, writer):
+        writer.write(sent)
+        await until_closed(lambda: bool(made) and (not sent or made[0]._moved > 0))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        made[0].close_if_stalled(1000.0)
+        assert not made[0].transport.is_closing()
+        made[0]._moved -= 1001
+        made[0].close_if_stalled(1000.0)
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+    assert server.api.inference.service.in_flight == 0
+
+
+async def test_a_client_that_waits_is_not_let_go() -> None:
+    """For its answer, or with its next request: that is not its turn, or uvicorn's."""
+    made: list[Connection] = []
+    gate = Gate()
+    async with serving(gate) as server, connected(server.api, made=made) as (_, reader, writer):
+        writer.write(infer())
+        await gate.entered.wait()
+        made[0]._moved -= 1001
+        made[0].close_if_stalled(1000.0)
+        gate.open.set()
+        assert (await answer(reader))[0] == 200
+        made[0]._moved -= 1001
+        made[0].close_if_stalled(1000.0)
+        writer.write(infer())
+        assert (await answer(reader))[0] == 200
+
+
+async def test_a_client_that_does_not_read_is_let_go_and_one_that_reads_slowly_is_not() -> None:
+    made: list[Connection] = []
+    async with connected(made=made) as (_, reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await answer(reader)
+        connection = made[0]
+        connection.transport.write(bytes(64 << 20))
+        assert connection.flow.write_paused
+        connection.close_if_stalled(1000.0)
+        before = connection.transport.get_write_buffer_size()
+        await reader.readexactly(16 << 20)
+        await until_closed(lambda: connection.transport.get_write_buffer_size() < before)
+        connection._moved -= 1001
+        connection.close_if_stalled(1000.0)  # it has taken something since
+        assert not connection.transport.is_closing()
+        connection._moved -= 1001
+        connection._unsent = connection.transport.get_write_buffer_size()
+        connection.close_if_stalled(1000.0)
+        assert connection.transport.is_closing()

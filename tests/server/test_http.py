@@ -21,6 +21,7 @@ from kapsl_scheduler.errors import (
     DeadlineExceeded,
     DuplicateId,
     EngineError,
+    Forbidden,
     InferenceError,
     InvalidExpression,
     InvalidInput,
@@ -32,6 +33,7 @@ from kapsl_scheduler.errors import (
     Overloaded,
     ResourceExhausted,
     StoreError,
+    Unauthorized,
     Unavailable,
 )
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
@@ -174,6 +176,8 @@ async def test_a_model_is_unloaded_by_name() -> None:
     ("error", "status"),
     [
         (InvalidInput(), 400),
+        (Unauthorized(), 401),
+        (Forbidden(), 403),
         (ModelNotLoaded(), 404),
         (ResourceExhausted(), 413),
         (Overloaded(), 429),

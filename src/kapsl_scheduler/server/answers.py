@@ -21,6 +21,8 @@ JSON: Final = "application/json"
 
 _STATUS: Final[Mapping[type[BaseException], int]] = {
     errors.InvalidInput: 400,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
     errors.ModelNotLoaded: 404,
     errors.ResourceExhausted: 413,  # a fixed limit: the same request would fail again
     errors.Overloaded: 429,
@@ -59,11 +61,12 @@ def status_of(error: BaseException) -> int:
     return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
 
 
-def error_answer(error: BaseException) -> Answer:
-    """An error with its code and all that it says of itself. What is no error of ours is not shown."""
+def error_answer(error: BaseException, status: int | None = None) -> Answer:
+    """An error with its code and all that it says of itself, and the status of its class unless another is given. What
+    is no error of ours is not shown."""
     if not isinstance(error, errors.EngineError | errors.CronError):
         return error_body(500, "the server failed; its log says why", "internal")
-    status = status_of(error)
+    status = status or status_of(error)
     retry_after = getattr(error, "retry_after", None)
     details: dict[str, Any] = {} if retry_after is None else {"retry_after": retry_after}
     if isinstance(error, errors.InvalidJob | errors.InvalidPackage):
@@ -71,6 +74,8 @@ def error_answer(error: BaseException) -> Answer:
     elif isinstance(error, errors.InvalidExpression):
         details |= {key: getattr(error, key) for key in ("text", "field", "token", "position", "hint")}
     answer = error_body(status, str(error) or error.code, error.code, **details)
+    if status == 401:
+        answer.headers += (("www-authenticate", "Bearer"),)
     if status in _TRY_AGAIN:
         answer.headers += (("retry-after", str(max(1, math.ceil(retry_after or 0)))),)
     return answer

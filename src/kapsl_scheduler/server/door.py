@@ -10,16 +10,25 @@ from __future__ import annotations
 import asyncio
 import re
 from http import HTTPStatus
-from time import perf_counter_ns
+from time import monotonic, perf_counter, perf_counter_ns
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from kapsl_scheduler.errors import Cancelled, EngineError, Overloaded, ResourceExhausted
+from kapsl_scheduler.errors import (
+    Cancelled,
+    EngineError,
+    Forbidden,
+    Overloaded,
+    ResourceExhausted,
+    Unauthorized,
+)
+from kapsl_scheduler.server.access import Caller
 from kapsl_scheduler.server.answers import Answer, error_answer, error_body
 from kapsl_scheduler.server.bodies import check_size
 from kapsl_scheduler.server.inference import Inference
+from kapsl_scheduler.server.journal import ACCESS, log_request
 
 __all__ = ["MAX_HEAD_BYTES", "Connection"]
 
@@ -32,25 +41,36 @@ AHEAD: Final = 16
 read, it is not seen that its client has gone."""
 
 _INFER: Final = re.compile(rb"/v2/models/([^/?#]+)(?:/versions/([^/?#]+))?/infer(?:[?#].*)?")
+_AT_ONCE: Final = (ResourceExhausted, Unauthorized, Forbidden)
+"""Refusals for which the body is not waited for."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _CLOSE: Final = b"connection: close\r\n"
 
 
 class Connection(HttpToolsProtocol):
-    """Answers inference requests by `inference`. Refuses an endless head with 431; says what is no HTTP in JSON, as
-    every other error."""
+    """Answers inference requests by `inference`. Refuses an endless head with 431, and connections beyond the `most`
+    at a time with 503; says what is no HTTP in JSON, as every other error."""
 
     _unfinished = 0
     """Bytes since a head was complete or a piece of a body came, where data is being received."""
     _dates: tuple[Any, bytes] = (None, b"")
     """uvicorn's headers of every answer, of which the date changes each second, and the same as lines."""
 
-    def __init__(self, inference: Inference | None, *arguments: Any, **options: Any) -> None:
+    def __init__(self, inference: Inference | None, most: int, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._most = most
+        self._moved = self.loop.time()  # when the client last sent, or took, something
+        self._unsent = 0
         self.running: _Exchange | None = None  # the one whose turn it is, until it is answered
         self._inference = inference
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._most:
+            self._end(error_answer(Overloaded(f"{self._most} connections are open, which is the limit"), 503))
+
     def data_received(self, data: bytes) -> None:
+        self._moved = self.loop.time()
         self._unfinished += len(data)
         super().data_received(data)
         if self._unfinished > MAX_HEAD_BYTES and not self.transport.is_closing():
@@ -112,6 +132,20 @@ class Connection(HttpToolsProtocol):
         else:
             super()._start_asgi_task(cycle, app)
 
+    def close_if_stalled(self, patience: float) -> None:
+        """Let go of a client that has not sent or taken a byte for so many seconds, though it is its turn."""
+        now = self.loop.time()
+        if self.flow.write_paused:
+            unsent = self.transport.get_write_buffer_size()
+            if unsent != self._unsent:
+                self._unsent, self._moved = unsent, now
+            its_turn = True
+        else:
+            cycle: Any = self.cycle
+            its_turn = cycle is None or self._unfinished > 0 or cycle.more_body
+        if its_turn and now - self._moved >= patience:
+            self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         # Not only for the latest, as uvicorn has it.
         waiting: Any = self.pipeline
@@ -156,6 +190,8 @@ class _Exchange:
 
     __slots__ = (
         "_body",
+        "_caller",
+        "_came",
         "_complete",
         "_connection",
         "_headers",
@@ -198,6 +234,16 @@ class _Exchange:
         self.disconnected = False
         self.response_complete = False
         self.message_event = self
+        self._caller: Caller | None = None
+        self._came = perf_counter()
+        try:
+            if inference.guard is not None:
+                self._caller = inference.guard.admit_inference(headers)
+                if self._caller is not None:
+                    self._caller.enter(monotonic())
+        except EngineError as error:
+            self._refused, self._caller, self._left = error, None, True
+            return
         try:
             inference.service.enter()
             check_size(int(headers.get(b"content-length", 0)), inference.max_body_bytes)
@@ -205,11 +251,16 @@ class _Exchange:
             self._left = isinstance(error, Overloaded)
             self._refused = error
 
+    @property
+    def more_body(self) -> bool:
+        """Whether the client has not sent all of it."""
+        return not self._complete
+
     def its_turn(self) -> None:
         """Its answer is the next on the connection."""
         self._turn = True
         self._connection.running = self
-        if self._complete or isinstance(self._refused, ResourceExhausted):
+        if self._complete or isinstance(self._refused, _AT_ONCE):
             self._begin()
         elif self._headers.get(b"expect", b"").lower() == b"100-continue":
             self._connection.transport.write(_CONTINUE)
@@ -255,6 +306,9 @@ class _Exchange:
                 self.keep_alive = False
             lines = connection.date_lines()
             connection.transport.write(answer.head(lines if self.keep_alive else lines + _CLOSE) + answer.body)
+            if self._inference.access_log:
+                who = "" if self._caller is None else self._caller.token.name
+                log_request(ACCESS, who, "POST", f"/v2/models/{_text(self._model)}/infer", answer.status, self._came)
         except asyncio.CancelledError:
             if not self.disconnected:  # the server ends
                 connection.transport.close()
@@ -292,6 +346,9 @@ class _Exchange:
             self._leave()
 
     def _leave(self) -> None:
+        if self._caller is not None:
+            self._caller.leave()
+            self._caller = None
         if not self._left:
             self._left = True
             self._inference.service.leave()

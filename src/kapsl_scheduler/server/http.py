@@ -7,23 +7,29 @@ connection that inference requests come through (`server.door`), and sockets, si
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Final, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from kapsl_scheduler import errors
+from kapsl_scheduler.server.access import Caller, Guard, Role, role_for
 from kapsl_scheduler.server.answers import error_answer, error_body, response_of
 from kapsl_scheduler.server.inference import Inference
+from kapsl_scheduler.server.journal import ACCESS, AUDIT, log_request
 from kapsl_scheduler.server.metrics import Metrics
 from kapsl_scheduler.server.service import Service
 
 __all__ = ["HttpApi", "Part"]
+
+
+_LOOKS: Final = frozenset({"GET", "HEAD"})
 
 
 class Part(Protocol):
@@ -34,7 +40,9 @@ class Part(Protocol):
 
 class HttpApi:
     """The application over a service. Bodies of inference requests beyond `max_body_bytes` are refused with 413.
-    `absent` says of the beginnings of paths why nothing is there."""
+    `absent` says of the beginnings of paths why nothing is there. What the `guard` refuses does not come to a route;
+    what changes something is told to the log `kapsl_scheduler.audit`, with `access_log` every request to
+    `kapsl_scheduler.access`."""
 
     def __init__(
         self,
@@ -44,8 +52,12 @@ class HttpApi:
         metrics: Metrics | None = None,
         parts: Iterable[Part] = (),
         absent: dict[str, str] | None = None,
+        guard: Guard | None = None,
+        access_log: bool = False,
     ) -> None:
-        self.inference = Inference(service, max_body_bytes=max_body_bytes)
+        self.inference = Inference(service, max_body_bytes=max_body_bytes, guard=guard, access_log=access_log)
+        self._guard = guard
+        self._access_log = access_log
         self._metrics = metrics or Metrics(service.version)
         self._absent = absent or {}
         model = "/v2/models/{model}"
@@ -68,7 +80,40 @@ class HttpApi:
         self._routes.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._routes(scope, receive, send)
+        method, path = scope["method"], scope["path"]
+        changes = method not in _LOOKS and (role_for(method, path) or Role.READER) > Role.READER
+        if self._guard is None and not changes and not self._access_log:
+            await self._routes(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 499
+        caller: Caller | None = None
+
+        async def told(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            try:
+                caller = None if self._guard is None else self._guard.admit(method, path, dict(scope["headers"]))
+                if caller is not None and method not in _LOOKS:
+                    caller.enter(time.monotonic())
+            except errors.EngineError as error:
+                caller = None
+                await response_of(error_answer(error))(scope, receive, told)
+            else:
+                try:
+                    await self._routes(scope, receive, told)
+                finally:
+                    if caller is not None and method not in _LOOKS:
+                        caller.leave()
+        finally:
+            who = "" if caller is None else caller.token.name
+            if changes:
+                log_request(AUDIT, who, method, path, status, begun)
+            if self._access_log:
+                log_request(ACCESS, who, method, path, status, begun)
 
     async def _figures(self, request: Request) -> Response:
         text, kind = await self._metrics.render(request.headers.get("accept", ""))

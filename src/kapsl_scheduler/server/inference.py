@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kapsl_scheduler.errors import EngineError, InvalidInput
+from kapsl_scheduler.server.access import Guard
 from kapsl_scheduler.server.answers import Answer, error_answer, response_of
 from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body
 from kapsl_scheduler.server.oip import InferCall, decode_request, encode_reply
@@ -35,11 +36,16 @@ _HEADER_LENGTH: Final = b"inference-header-content-length"
 
 
 class Inference:
-    """The infer route over the models of a service. Bodies beyond `max_body_bytes` are refused."""
+    """The infer route over the models of a service. Bodies beyond `max_body_bytes` are refused. `guard` and
+    `access_log` are for whoever does not come by way of the application, which has them too."""
 
-    def __init__(self, service: Service, *, max_body_bytes: int) -> None:
+    def __init__(
+        self, service: Service, *, max_body_bytes: int, guard: Guard | None = None, access_log: bool = False
+    ) -> None:
         self.service = service
         self.max_body_bytes = max_body_bytes
+        self.guard = guard
+        self.access_log = access_log
 
     async def answer(self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes) -> Answer:
         """What to answer a request for a model; every error but a cancellation is an answer too. Cancelling it takes

@@ -123,11 +123,17 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_file_option = click.option(
+    "--config", "file", type=click.Path(path_type=Path), help="TOML file; KAPSL_CONFIG names one too."
+)
+
+
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="[NAME=]PATH...")
-@click.option("--config", "file", type=click.Path(path_type=Path), help="TOML file; KAPSL_CONFIG names one too.")
+@_file_option
+@click.option("--check", is_flag=True, help="Load everything, say what is wrong with it, and serve nothing.")
 @_settings_options
-def serve(models: tuple[str, ...], file: Path | None, **flags: Any) -> None:
+def serve(models: tuple[str, ...], file: Path | None, check: bool, **flags: Any) -> None:
     """Serve models: .aimod packages, .onnx files or unpacked packages.
 
     Settings come from flags, then KAPSL_... variables, then the file, then the defaults. Functions for jobs are in the
@@ -140,7 +146,27 @@ def serve(models: tuple[str, ...], file: Path | None, **flags: Any) -> None:
     config = load_config(flags=flags, environment=os.environ, file=file)
     AUDIT.setLevel(logging.INFO if config.tokens else logging.WARNING)  # with nobody to name it says nothing
     ACCESS.setLevel(logging.INFO if config.server.access_log else logging.WARNING)
-    run_coroutine(app.serve(config, models, announce=_announce))
+    if check:
+        for line in run_coroutine(app.check(config, models)):
+            click.echo(line)
+    else:
+        run_coroutine(app.serve(config, models, announce=_announce))
+
+
+@main.group("config")
+def settings() -> None:
+    """Look at the settings."""
+
+
+@settings.command("show")
+@_file_option
+@_settings_options
+@json_option
+def config_show(file: Path | None, as_json: bool, **flags: Any) -> None:
+    """Show the settings that `serve` would have, and where each comes from."""
+    from kapsl_scheduler.cli_config import show
+
+    show(load_config(flags=flags, environment=os.environ, file=file), as_json=as_json)
 
 
 def _announce(listening: Listening) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args, get_origin
@@ -145,9 +145,18 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         return Priority[self.default_priority.upper()]
 
 
+class Setting(NamedTuple):
+    """One setting as it is in force."""
+
+    name: str
+    value: Any
+    where: str
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that was configured. `models` has the models that the file names; `model` is for the others.
-    `state_directory` is where a server keeps what is to outlive it; None: nothing does."""
+    `state_directory` is where a server keeps what is to outlive it; None: nothing does. `origins` says where a setting
+    was given that was, by its name (`server.port`, `models.digits.threads`)."""
 
     server: ServerSettings = ServerSettings()
     tokens: tuple[Token, ...] = ()
@@ -155,6 +164,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     state_directory: Path | None = None
     model: ModelSettings = ModelSettings()
     models: Mapping[str, ModelSettings] = {}
+    origins: Mapping[str, str] = {}
+
+    def settings(self) -> Iterator[Setting]:
+        """Every setting: its name, its value, and where that comes from."""
+        sections: dict[str, msgspec.Struct] = {"server": self.server, "cron": self.cron, "model": self.model}
+        sections |= {f"models.{name}": settings for name, settings in self.models.items()}
+        for section, settings in sections.items():
+            for key, value in msgspec.structs.asdict(settings).items():
+                name = f"{section}.{key}"
+                yield Setting(name, value, self.origins.get(name, "default"))
 
     def for_model(self, name: str) -> ModelSettings:
         return self.models.get(name, self.model)
@@ -182,13 +201,17 @@ def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], fil
     overriding = _from_environment(environment, faults) | given
     named = environment.get(_FILE_VARIABLE)
     tables = _read_toml(file or (Path(named) if named else None), faults)
-    server = _settings(ServerSettings, tables.server | _only(overriding, ServerSettings), faults)
-    cron = _settings(CronSettings, tables.cron | _only(overriding, CronSettings, CRON_PREFIX), faults)
     of_all = _only(overriding, ModelSettings)
-    model = _settings(ModelSettings, tables.model | of_all, faults)
-    models = {
-        name: _settings(ModelSettings, tables.model | table | of_all, faults) for name, table in tables.models.items()
+    layers: dict[str, _Layer] = {
+        "server": tables.server | _only(overriding, ServerSettings),
+        "cron": tables.cron | _only(overriding, CronSettings, CRON_PREFIX),
+        "model": tables.model | of_all,
+        **{f"models.{name}": tables.model | table | of_all for name, table in tables.models.items()},
     }
+    server = _settings(ServerSettings, layers["server"], faults)
+    cron = _settings(CronSettings, layers["cron"], faults)
+    model = _settings(ModelSettings, layers["model"], faults)
+    models = {name: _settings(ModelSettings, layers[f"models.{name}"], faults) for name in tables.models}
     tokens: list[Token] = []
     if server is not None:
         tokens = _tokens(server, environment, faults)
@@ -211,6 +234,7 @@ def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], fil
         state_directory=_state_directory(environment),
         model=model or ModelSettings(),
         models={name: settings for name, settings in models.items() if settings is not None},
+        origins={f"{name}.{key}": given.where for name, layer in layers.items() for key, given in layer.items()},
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kapsl_scheduler.demo.run import PACKAGE
 from tests.e2e.process import DIGITS, run, serving
 
 pytestmark = pytest.mark.slow
@@ -95,6 +96,48 @@ async def test_errors_say_what_to_do(
     assert (exit_code, printed) == (code, "")
     assert said in message
     assert "Traceback" not in message
+
+
+async def test_settings_are_shown_with_where_they_come_from(tmp_path: Path) -> None:
+    file = tmp_path / "kapsl.toml"
+    file.write_text("[server]\nport = 9000\n[model]\nthreads = 2\n[models.digits]\nthreads = 3\n")
+    arguments = ("config", "show", "--config", file, "--port", "9001")
+    code, shown, said = await run(*arguments, KAPSL_MAX_BATCH_SIZE="8")
+    assert (code, said) == (0, "")
+    rows = {row[0]: tuple(row[1:]) for line in shown.splitlines() if (row := line.split(maxsplit=2))}
+    assert rows["server.port"] == ("9001", "--port")
+    assert rows["server.host"] == ("127.0.0.1", "default")
+    assert rows["model.threads"] == ("2", f"{file}: model.threads")
+    assert rows["models.digits.threads"] == ("3", f"{file}: models.digits.threads")
+    assert rows["models.digits.max_batch_size"] == ("8", "KAPSL_MAX_BATCH_SIZE")
+    assert rows["server.tokens"] == ("-", "default")
+    code, shown, _ = await run(*arguments, "--json")
+    assert json.loads(shown)["model.overflow"] == {"value": "drop_newest", "from": "default"}
+    assert len(json.loads(shown)) == len(rows)
+    code, _, said = await run("config", "show", "--threads", "0")
+    assert (code, "--threads" in said) == (2, True)
+
+
+async def test_everything_is_checked_without_serving_anything(tmp_path: Path) -> None:
+    store = tmp_path / "jobs.db"
+    code, printed, said = await run("serve", "--check", f"digits={PACKAGE}", f"plain={DIGITS}", "--store", store)
+    assert (code, said) == (0, "")
+    assert printed.splitlines() == ["digits 1.0.0: loads, 1 job", "plain 1.0.0: loads, 0 jobs"]
+    assert not store.exists()
+
+    manifest = json.loads((DIGITS.parent / "manifest.json").read_text("utf-8"))
+    manifest["cron_jobs"] = [
+        {"id": "wide", "schedule": "0 0 3 * * *", "input": {"shape": [1, 3], "dtype": "float32", "data": [0] * 12}},
+        {"id": "never", "schedule": "0 0 0 30 2 *", "input": {"shape": [1, 64], "dtype": "uint8", "data": [0] * 64}},
+    ]
+    described, faulty = tmp_path / "manifest.json", tmp_path / "faulty.aimod"
+    described.write_text(json.dumps(manifest))
+    code, _, said = await run("pack", DIGITS, "-o", faulty, "--manifest", described)
+    assert (code, said) == (0, "")
+    code, printed, said = await run("serve", "--check", f"digits={faulty}")
+    assert (code, printed) == (1, "")
+    assert "digits:wide" in said
+    assert "digits:never" in said
 
 
 async def test_every_fault_of_a_manifest_has_a_line_of_its_own(tmp_path: Path) -> None:

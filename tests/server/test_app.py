@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kapsl_scheduler import app
+from kapsl_scheduler import app, app_jobs, app_models, app_sources
 from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSettings
 from kapsl_scheduler.core.jobs import CronJob, Named
 from kapsl_scheduler.core.wire import encode_tensor
@@ -44,10 +44,10 @@ async def test_what_a_package_was_unpacked_to_goes_with_its_model(tmp_path: Path
     broken.write_bytes(b"no model")
     unpacked = tmp_path / "unpacked"
     given = [f"old={PACKAGE}", f"new={PACKAGE}", f"bad={build_package(broken, tmp_path / 'broken.aimod')}"]
-    old, new, bad = await app._open_all(Config(), given, unpacked)
+    old, new, bad = await app_sources.open_all(Config(), given, unpacked)
     assert len(list(unpacked.iterdir())) == 3
 
-    async with ModelRegistry(app._start) as registry:
+    async with ModelRegistry(app_sources.start_source) as registry:
         await registry.load("digits", old)
         with pytest.raises(ModelLoadError):
             await registry.replace("digits", bad)
@@ -65,8 +65,8 @@ async def test_a_model_whose_name_has_no_url_needs_another_name(tmp_path: Path, 
     package = build_package(DIGITS, tmp_path / "model.aimod", project_name=name)
 
     with pytest.raises(ModelLoadError, match=f"has no URL; name this one NAME={re.escape(str(package))}$"):
-        await app._open_all(Config(), [str(package)], tmp_path)
-    (source,) = await app._open_all(Config(), [f"digits={package}"], tmp_path)
+        await app_sources.open_all(Config(), [str(package)], tmp_path)
+    (source,) = await app_sources.open_all(Config(), [f"digits={package}"], tmp_path)
     assert source.name == "digits"
 
 
@@ -76,23 +76,23 @@ async def loaded(
     cron: CronSettings | None = None,
     given: Sequence[str] | None = None,
     engines: Mapping[str, Any] | None = None,
-) -> AsyncIterator[tuple[Path, ModelRegistry[Any], app._Models]]:
+) -> AsyncIterator[tuple[Path, ModelRegistry[Any], app_models.Models]]:
     """The digits model under its name, from a package that a test may replace; or what is given."""
     package, unpacked = tmp_path / "digits.aimod", tmp_path / "unpacked"
     shutil.copy(PACKAGE, package)
     config = Config(cron=cron or CronSettings(store="memory"))
-    jobs = app._Jobs(config)
+    jobs = app_jobs.Jobs(config)
     async with (
-        ModelRegistry(app._start, placed=jobs.start) as registry,
+        ModelRegistry(app_sources.start_source, placed=jobs.start) as registry,
         jobs.over(registry),
-        app._Models(config, registry, jobs, unpacked) as models,
+        app_models.Models(config, registry, jobs, unpacked) as models,
     ):
         await models.load([str(package)] if given is None else given, engines)
         yield package, registry, models
     assert not unpacked.exists() or list(unpacked.iterdir()) == []
 
 
-def jobs_of(models: app._Models) -> dict[str, CronJob]:
+def jobs_of(models: app_models.Models) -> dict[str, CronJob]:
     cron = models._jobs._cron
     assert cron is not None
     return {id: cron.job(id) for id in cron._ledger.entries}
@@ -169,9 +169,9 @@ async def test_a_store_that_cannot_be_opened_is_a_fault_of_the_configuration(tmp
     damaged = tmp_path / "cron.db"
     damaged.write_bytes(b"no database, whatever its name says")
     for store in (damaged, tmp_path / "nowhere" / "cron.db"):
-        jobs = app._Jobs(Config(cron=CronSettings(store=str(store))))
+        jobs = app_jobs.Jobs(Config(cron=CronSettings(store=str(store))))
         with pytest.raises(ConfigError, match=rf"^store: {re.escape(str(store))}: .* --no-cron serves without jobs$"):
-            async with ModelRegistry(app._start) as registry, jobs.over(registry):
+            async with ModelRegistry(app_sources.start_source) as registry, jobs.over(registry):
                 raise AssertionError("it was opened")
 
     assert damaged.read_bytes() == b"no database, whatever its name says"
@@ -180,12 +180,12 @@ async def test_a_store_that_cannot_be_opened_is_a_fault_of_the_configuration(tmp
 def test_jobs_are_kept_where_the_configuration_says(tmp_path: Path) -> None:
     state = tmp_path / "state" / "kapsl-scheduler"
 
-    assert isinstance(app._store(Config()), MemoryStore)
-    assert isinstance(app._store(Config(cron=CronSettings(store="memory"), state_directory=state)), MemoryStore)
-    named = app._store(Config(cron=CronSettings(store=str(tmp_path / "x.db")), state_directory=state))
+    assert isinstance(app_jobs.store_of(Config()), MemoryStore)
+    assert isinstance(app_jobs.store_of(Config(cron=CronSettings(store="memory"), state_directory=state)), MemoryStore)
+    named = app_jobs.store_of(Config(cron=CronSettings(store=str(tmp_path / "x.db")), state_directory=state))
     assert repr(named) == f"SqliteStore({str(tmp_path / 'x.db')!r})"
     assert not state.exists()
-    assert repr(app._store(Config(state_directory=state))) == f"SqliteStore({str(state / 'cron.db')!r})"
+    assert repr(app_jobs.store_of(Config(state_directory=state))) == f"SqliteStore({str(state / 'cron.db')!r})"
     assert state.is_dir()
 
 
@@ -258,12 +258,12 @@ async def test_functions_that_jobs_may_name_are_there_from_the_start(tmp_path: P
 def test_functions_that_are_not_there_are_faults_of_the_configuration(text: str, said: str) -> None:
     table = {"wrong": text, "right": "feeds_of_a_test:latest", " ": "feeds_of_a_test:latest"}
     with pytest.raises(ConfigError) as caught:
-        app._Jobs(Config(cron=CronSettings(callables=table)))
+        app_jobs.Jobs(Config(cron=CronSettings(callables=table)))
     assert caught.value.faults == (
         f"cron.callables.wrong: {said}",
         "cron.callables. : expected a name that jobs can give, got a blank one",
     )
-    app._Jobs(Config(cron=CronSettings(callables=table, enabled=False)))
+    app_jobs.Jobs(Config(cron=CronSettings(callables=table, enabled=False)))
 
 
 async def test_a_model_is_replaced_by_what_its_path_holds_now(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ async def test_what_a_manifest_says_in_vain_is_logged(tmp_path: Path, caplog: py
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"task": "digits"}))
     shutil.move(package.directory, tmp_path / "model")
 
-    await app._open_all(Config(), [str(tmp_path / "model")], tmp_path)
+    await app_sources.open_all(Config(), [str(tmp_path / "model")], tmp_path)
 
     assert caplog.messages == [f"{tmp_path / 'model'}: task: unknown key, ignored"]
 
@@ -339,9 +339,9 @@ async def test_what_a_package_asks_for_and_does_not_get_is_logged(
         DIGITS, tmp_path / "plain.aimod", hardware_requirements={"preferred_provider": "CPUExecutionProvider"}
     )
 
-    sources = await app._open_all(Config(), [str(package), f"plain={plain}"], tmp_path / "unpacked")
+    sources = await app_sources.open_all(Config(), [str(package), f"plain={plain}"], tmp_path / "unpacked")
     for source in sources:
-        app._engine(source)
+        app_sources.engine_of(source)
 
     assert caplog.messages == [
         f"{package}: this onnxruntime has no provider 'ACUDAExecutionProvider', so 'cpu' it is",
@@ -356,11 +356,11 @@ async def test_settings_and_requirements_reach_the_engine(tmp_path: Path, monkey
     }
     package = build_package(DIGITS, tmp_path / "digits.aimod", version="7", hardware_requirements=wanted)
     config = Config(models={"mine": ModelSettings(threads=2)})
-    (source,) = await app._open_all(config, [f"mine={package}"], tmp_path / "unpacked")
+    (source,) = await app_sources.open_all(config, [f"mine={package}"], tmp_path / "unpacked")
     made: list[tuple[Path, dict[str, Any]]] = []
-    monkeypatch.setattr(app, "OnnxEngine", lambda path, **options: made.append((path, options)))
+    monkeypatch.setattr(app_sources, "OnnxEngine", lambda path, **options: made.append((path, options)))
 
-    app._engine(source)
+    app_sources.engine_of(source)
 
     ((path, options),) = made
     assert path == source.package.model_path
@@ -375,10 +375,10 @@ async def test_settings_and_requirements_reach_the_engine(tmp_path: Path, monkey
 
 async def test_settings_reach_the_scheduler(tmp_path: Path) -> None:
     settings = ModelSettings(max_batch_size=3, max_queue_size=2, workers=2, default_priority="throughput")
-    (source,) = await app._open_all(Config(model=settings), [str(DIGITS)], tmp_path)
+    (source,) = await app_sources.open_all(Config(model=settings), [str(DIGITS)], tmp_path)
     row = np.zeros((1, 64), np.float32)
 
-    async with ModelRegistry(app._start) as registry:
+    async with ModelRegistry(app_sources.start_source) as registry:
         scheduler = (await registry.load("digits", source)).scheduler
         await scheduler.infer(row.repeat(3, axis=0))
         with pytest.raises(InvalidInput, match="at most 3 "):
@@ -393,10 +393,10 @@ async def test_settings_reach_the_scheduler(tmp_path: Path) -> None:
 
 async def test_a_model_of_another_framework_is_refused_by_name(tmp_path: Path) -> None:
     package = build_package(DIGITS, tmp_path / "digits.aimod", framework="pytorch")
-    (source,) = await app._open_all(Config(), [str(package)], tmp_path / "unpacked")
+    (source,) = await app_sources.open_all(Config(), [str(package)], tmp_path / "unpacked")
 
     with pytest.raises(ModelLoadError, match="digits: framework 'pytorch' came, expected 'onnx'"):
-        await app._start(source)
+        await app_sources.start_source(source)
     assert list((tmp_path / "unpacked").iterdir()) == []
 
 
@@ -418,10 +418,10 @@ def test_the_limit_on_open_files_is_raised_as_far_as_it_may_and_never_lowered(li
 
 async def test_engines_of_a_program_are_served_beside_packages_and_are_loaded_once(tmp_path: Path) -> None:
     engine = CallableEngine(lambda x: x, inputs={"x": ("float32", (None, 2))}, outputs={"y": ("float32", (None, 2))})
-    sources = await app._open_all(Config(), [str(DIGITS)], tmp_path, {"mine": engine, "both": [engine, engine]})
+    sources = await app_sources.open_all(Config(), [str(DIGITS)], tmp_path, {"mine": engine, "both": [engine, engine]})
     assert [(source.name, len(source.engines)) for source in sources] == [("mine", 1), ("both", 2), ("digits", 0)]
     with pytest.raises(ModelLoadError, match="a model named 'a/b' has no URL"):
-        await app._open_all(Config(), [], tmp_path, {"a/b": engine})
+        await app_sources.open_all(Config(), [], tmp_path, {"a/b": engine})
     async with loaded(tmp_path, given=[], engines={"mine": engine}) as (_, registry, models):
         assert registry.get("mine").info.framework == "python"
         with pytest.raises(ModelLoadError, match="'mine' is the running program's own"):
@@ -434,7 +434,7 @@ async def test_versions_of_a_model_are_loaded_side_by_side_and_anew(tmp_path: Pa
         for version in ("1.2.0", "1.10.0")
     ]
     with pytest.raises(ModelLoadError, match=r"version 1\.2\.0 of a model named 'digits' is there already"):
-        await app._open_all(Config(), [paths[0], paths[0]], tmp_path)
+        await app_sources.open_all(Config(), [paths[0], paths[0]], tmp_path)
     async with loaded(tmp_path, given=paths) as (_, registry, models):
         before = registry.versions("digits")
         assert [model.info.version for model in before] == ["1.2.0", "1.10.0"]

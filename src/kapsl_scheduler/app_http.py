@@ -1,0 +1,194 @@
+"""The HTTP server of an application: its address, its certificates, who may come in, and the order in which it ends.
+
+What is not here: what it answers (`server`), and what it serves (`app_models`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final, NamedTuple
+
+import uvicorn
+
+from kapsl_scheduler.app_models import Models
+from kapsl_scheduler.app_sources import Source
+from kapsl_scheduler.config import (
+    Config,
+    ConfigError,
+    ServerSettings,
+    is_loopback,
+)
+from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
+from kapsl_scheduler.runtime.registry import ModelRegistry
+from kapsl_scheduler.server.access import Access, Guard, Hosts
+from kapsl_scheduler.server.cron import NO_JOBS, CronApi
+from kapsl_scheduler.server.door import Connection
+from kapsl_scheduler.server.generate import GenerateApi
+from kapsl_scheduler.server.http import HttpApi, Part
+from kapsl_scheduler.server.metrics import Metrics
+from kapsl_scheduler.server.oip_http import OipApi
+from kapsl_scheduler.server.openai import OpenAiApi
+from kapsl_scheduler.server.service import Service
+
+__all__ = ["Listening", "listen", "serve_http", "tls_options"]
+
+_log = logging.getLogger(__name__)
+
+# Longer than clients keep a connection idle, so that it is they who close it and never we, under a request.
+_KEEP_ALIVE: Final = 75
+# What a connection may still take, after the drain has failed all requests, to be told so.
+_GOODBYE: Final = 2
+# Seconds in which it is written down how the last runs of jobs have ended.
+_LAST_WORD: Final = 1.0
+
+
+class Listening(NamedTuple):
+    """What a server says once it answers."""
+
+    url: str
+    models: tuple[str, ...]
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own handling of signals, which would re-raise them after the drain."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        hint = "; another --port, or 0 for any that is free, may do" if port else ""
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from error
+
+
+async def serve_http(
+    config: Config,
+    registry: ModelRegistry[Source],
+    cron: CronScheduler | None,
+    models: Models,
+    listener: socket.socket,
+    announce: Callable[[Listening], None],
+    stop: asyncio.Event,
+) -> None:
+    service = Service(registry, version=_version(), max_in_flight=config.server.max_in_flight)
+    max_body_bytes = config.server.max_body_bytes
+    parts: list[Part] = [
+        OipApi(service, reload=models.reload, unload=models.unload),
+        GenerateApi(service, max_body_bytes=max_body_bytes),
+        OpenAiApi(service, max_body_bytes=max_body_bytes),
+    ]
+    if cron is not None:
+        parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
+    metrics = Metrics(service.version, cron)
+    settings = config.server
+    api = HttpApi(
+        service,
+        max_body_bytes=max_body_bytes,
+        metrics=metrics,
+        parts=parts,
+        absent=NO_JOBS,
+        guard=_guard(config),
+        access_log=settings.access_log,
+    )
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if settings.tls_cert is None else "https"
+    url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    names = tuple(dict.fromkeys(model.name for model in registry.list()))
+    server = _Server(
+        uvicorn.Config(
+            api,
+            http=partial(Connection, api.inference, settings.max_connections),  # type: ignore[arg-type]  # it is called as a class would be
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=math.ceil(config.server.drain) + _GOODBYE,
+            **tls_options(settings),
+        ),
+        started=lambda: announce(Listening(url, names)),
+    )
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(server.serve([listener]))
+        sweeping = group.create_task(_sweep(server, settings.client_patience))
+        await stop.wait()
+        service.draining = True
+        models.stop()
+        server.should_exit = True
+        draining = {serving}
+        if cron is not None:  # fires nothing more from here on
+            closing = group.create_task(cron.close(config.server.drain))
+            draining.add(closing)
+        await asyncio.wait(draining, timeout=config.server.drain)
+        if cron is not None:  # its runs are cut short by now, and it is being written down that it was not their model
+            await asyncio.wait({closing}, timeout=_LAST_WORD)
+        sweeping.cancel()
+        # Whoever still waits now hears that the server is closing, not that the connection is gone.
+        await registry.close(0)
+
+
+def _guard(config: Config) -> Guard | None:
+    """What stands before the routes, if anything does."""
+    settings = config.server
+    access = Access(config.tokens) if config.tokens else None
+    hosts = None
+    if settings.allowed_hosts or is_loopback(settings.host):
+        hosts = Hosts(("localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts))
+    return None if access is None and hosts is None else Guard(access, hosts)
+
+
+def tls_options(settings: ServerSettings) -> dict[str, Any]:
+    """What uvicorn is to know of certificates. Raises `ConfigError` for files that do not do."""
+    if settings.tls_cert is None:
+        return {}
+    try:  # uvicorn would end in a traceback
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=settings.tls_client_ca)
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        files = ", ".join(filter(None, (settings.tls_cert, settings.tls_key, settings.tls_client_ca)))
+        raise ConfigError([f"tls_cert, tls_key, tls_client_ca: {files}: {error}"]) from error
+    return {
+        "ssl_certfile": settings.tls_cert,
+        "ssl_keyfile": settings.tls_key,
+        "ssl_ca_certs": settings.tls_client_ca,
+        "ssl_cert_reqs": ssl.CERT_NONE if settings.tls_client_ca is None else ssl.CERT_REQUIRED,
+    }
+
+
+async def _sweep(server: uvicorn.Server, patience: float) -> None:
+    """Lets go of clients that stall, until cancelled: one look at all connections instead of a timer for each."""
+    while True:
+        await asyncio.sleep(patience / 4)
+        for connection in list(server.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.close_if_stalled(patience)
+
+
+def _version() -> str:
+    try:
+        return version("kapsl-scheduler")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"

@@ -27,6 +27,8 @@ TREE = {
     "InvalidPackage": ("invalid_package", False),
     "Overloaded": ("overloaded", True),
     "DeadlineExceeded": ("deadline_exceeded", True),
+    "Unauthorized": ("unauthorized", False),
+    "Forbidden": ("forbidden", False),
     "Cancelled": ("cancelled", False),
     "Unavailable": ("unavailable", True),
     "ResourceExhausted": ("resource_exhausted", False),

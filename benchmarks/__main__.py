@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from benchmarks import cron, cron_live, cron_next, digits, flood, micro, overload, queue10k, serial, store
+from benchmarks import cron, cron_live, cron_next, digits, door, flood, micro, overload, queue10k, serial, store
 from benchmarks.devices import DIGITS
 from benchmarks.loops import LOOPS
 from benchmarks.machine import ROOT, Neighbours
@@ -32,6 +32,7 @@ SUITES: Final[dict[str, tuple[Callable[[Any], Report], Any]]] = {
     "cron-next": (cron_next.run, cron_next.Options()),
     "cron": (cron.run, cron.Options()),
     "cron-live": (cron_live.run, cron_live.Options()),
+    "door": (door.run, door.Options()),
 }
 """How each suite is run, and its options where the command line gives none."""
 

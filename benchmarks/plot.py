@@ -198,11 +198,22 @@ def _draw_cron_live(report: Report, plt: Any) -> Any:
     return figure
 
 
+def _draw_door(report: Report, plt: Any) -> Any:
+    crowds = _distinct(report.measurements, "connections")
+    figure, grid = plt.subplots(1, len(crowds), figsize=(5 * len(crowds), 2.4), squeeze=False)
+    for axes, connections in zip(grid[0], crowds, strict=True):
+        measured = _of(report, "requests", connections=connections)
+        _bars(axes, measured, "asked", lambda name: _OTHERS if name == "mosec" else _OURS)
+        axes.set_title(f"{connections} connections: requests/s", fontsize=9)
+    return figure
+
+
 _DRAWINGS: Final[dict[str, Callable[[Report, Any], Any]]] = {
     "cron": _draw_cron_scheduler,
     "cron-live": _draw_cron_live,
     "cron-next": _draw_cron,
     "digits": _draw_digits,
+    "door": _draw_door,
     "flood": _draw_flood,
     "micro": _draw_micro,
     "overload": _draw_overload,

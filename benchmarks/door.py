@@ -1,0 +1,253 @@
+"""Suite `door`: the digits model over HTTP, one digit a request, by the real server in a process of its own: tensors as
+bytes and as JSON, against mosec, whose front is written in Rust, where it is installed.
+
+Client and servers share the cores. Each server answers the same client, which reads no more of an answer than it must,
+and is asked on 1, 32 and 128 connections that each have one request at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from importlib import util
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+
+from benchmarks.devices import DIGITS
+from benchmarks.loops import run_on
+from benchmarks.report import Label, Report
+from benchmarks.stats import percentile
+
+__all__ = ["Options", "run"]
+
+CONNECTIONS: Final = (1, 32, 128)
+PATIENCE: Final = 60.0
+"""Seconds that a server has to start."""
+
+MOSEC: Final = """
+import sys
+import numpy as np
+import onnxruntime
+from mosec import Server, Worker
+
+class Digits(Worker):
+    def __init__(self):
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession({model!r}, options)
+        self.input = self.session.get_inputs()[0].name
+
+    def deserialize(self, data):
+        return np.frombuffer(data, np.float32)
+
+    def serialize(self, data):
+        return data.tobytes()
+
+    def forward(self, data):
+        return list(self.session.run(None, {{self.input: np.stack(data)}})[0])
+
+if __name__ == "__main__":
+    server = Server()
+    server.append_worker(Digits, max_batch_size=32, max_wait_time=1)
+    server.run()
+"""
+"""As mosec's documentation recommends it: one worker, batches of up to 32, raw bytes in and out."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """`seconds` is how long each server is asked on so many connections in a round."""
+
+    loop: str = "uvloop"
+    rounds: int = 3
+    seconds: float = 4.0
+
+
+class _Way(NamedTuple):
+    """A server's port, and the bytes of a request."""
+
+    port: int
+    request: bytes
+
+
+class _Trial(NamedTuple):
+    rate: float
+    latencies: list[float]
+
+
+def run(options: Options) -> Report:
+    """Every way of asking on every number of connections, round after round."""
+    settings: dict[str, Label | list[Label]] = {
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "loop": options.loop,
+        "connections": list(CONNECTIONS),
+    }
+    report = Report.begin("door", settings)
+    with _servers() as ways:
+        trials: dict[tuple[str, int], list[_Trial]] = {(name, number): [] for number in CONNECTIONS for name in ways}
+        for _ in range(options.rounds):
+            for (name, number), done in trials.items():
+                done.append(run_on(options.loop, _trial(ways[name], number, options.seconds)))
+    for (name, number), done in trials.items():
+        labels: dict[str, Label] = {"asked": name, "connections": number}
+        report.add(labels, "requests", "1/s", [trial.rate for trial in done], "higher")
+        report.add(labels, "p50", "ms", [percentile(trial.latencies, 50) * 1e3 for trial in done], "lower")
+        report.add(labels, "p99", "ms", [percentile(trial.latencies, 99) * 1e3 for trial in done], "lower")
+    if "mosec" in ways:
+        for number in CONNECTIONS[1:]:
+            ours, theirs = (
+                report.find("requests", {"asked": name, "connections": number}).value for name in ("binary", "mosec")
+            )
+            report.at_least(f"binary over mosec, {number} connections", ours / theirs, 1.4)
+        alone, theirs = (report.find("p50", {"asked": name, "connections": 1}).value for name in ("binary", "mosec"))
+        report.at_most("p50 of a lone request over mosec's", alone / theirs, 0.2)
+    return report
+
+
+@contextlib.contextmanager
+def _servers() -> Iterator[Mapping[str, _Way]]:
+    """What can be asked, while the servers run."""
+    digit = np.random.default_rng(0).random((1, 64)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        ours = stack.enter_context(
+            _process([sys.executable, "-m", "kapsl_scheduler", "serve", "--no-cron"], str(DIGITS))
+        )
+        ways = {"binary": _Way(ours, _binary(digit)), "JSON": _Way(ours, _json(digit))}
+        if util.find_spec("mosec") is not None:
+            script = Path(folder) / "digits_server.py"
+            script.write_text(MOSEC.format(model=str(DIGITS)), "utf-8")
+            port = stack.enter_context(_process([sys.executable, str(script), "--address", "127.0.0.1"]))
+            ways["mosec"] = _Way(port, _post("/inference", digit.tobytes()))
+        yield ways
+
+
+@contextlib.contextmanager
+def _process(command: list[str], *arguments: str) -> Iterator[int]:
+    """The port of a server that runs meanwhile."""
+    port = _free_port()
+    process = subprocess.Popen(
+        [*command, "--port", str(port), *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(port)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def _wait_for(port: int) -> None:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1.0).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
+def _post(path: str, body: bytes, header: str = "") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{header}content-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def _tensor(**more: Any) -> dict[str, Any]:
+    return {"name": "pixels", "shape": [1, 64], "datatype": "FP32", **more}
+
+
+def _binary(digit: Any) -> bytes:
+    tensor = _tensor(parameters={"binary_data_size": digit.nbytes})
+    head = msgspec.json.encode({"inputs": [tensor], "parameters": {"binary_data_output": True}})
+    header = f"inference-header-content-length: {len(head)}\r\n"
+    return _post("/v2/models/digits/infer", head + digit.tobytes(), header)
+
+
+def _json(digit: Any) -> bytes:
+    body = msgspec.json.encode({"inputs": [_tensor(data=[round(float(value), 4) for value in digit[0]])]})
+    return _post("/v2/models/digits/infer", body)
+
+
+class _Caller(asyncio.Protocol):
+    """One connection: the next request as soon as an answer is there, until it is told to stop."""
+
+    def __init__(self, request: bytes, latencies: list[float]) -> None:
+        self.running = True
+        self._request = request
+        self._latencies = latencies
+        self._came = b""
+        self._asked = 0.0
+        self._transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._ask()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _ask(self) -> None:
+        self._asked = time.perf_counter()
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        came = self._came = self._came + data if self._came else data
+        head = came.find(b"\r\n\r\n")
+        if head < 0:
+            return
+        length = came.find(b"content-length: ", 0, head) + 16
+        if len(came) < head + 4 + int(came[length : came.find(b"\r\n", length)]):
+            return
+        if not came.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"a server answered {came[:200]!r}")
+        self._came = b""
+        self._latencies.append(time.perf_counter() - self._asked)
+        if self.running:
+            self._ask()
+
+
+async def _trial(way: _Way, connections: int, seconds: float) -> _Trial:
+    loop = asyncio.get_running_loop()
+    latencies: list[float] = []
+    callers = [
+        (await loop.create_connection(lambda: _Caller(way.request, latencies), "127.0.0.1", way.port))[1]
+        for _ in range(connections)
+    ]
+    await asyncio.sleep(seconds / 8)
+    latencies.clear()
+    begun = time.perf_counter()
+    await asyncio.sleep(seconds)
+    rate = len(latencies) / (time.perf_counter() - begun)
+    for caller in callers:
+        caller.running = False
+    await asyncio.sleep(0.2)
+    for caller in callers:
+        caller.close()
+    return _Trial(rate, latencies)

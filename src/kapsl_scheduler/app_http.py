@@ -131,6 +131,8 @@ async def serve_http(
         ),
         started=lambda: announce(Listening(url, names)),
     )
+    # uvicorn has a warning for each request that is no HTTP: strangers could fill the log, or a pipe that nobody reads.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(server.serve([listener]))
         sweeping = group.create_task(_sweep(server, settings.client_patience))

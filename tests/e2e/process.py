@@ -80,6 +80,10 @@ class Process:
     def url(self) -> str:
         return self.first_line.split()[2]
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 

@@ -155,6 +155,11 @@ class Connection(HttpToolsProtocol):
         if self.running is not None:
             self.running.lost()
         super().connection_lost(exc)
+        # What is left of it is a ring of objects, which the collector finds late: it must not hold a head until then.
+        self.url, self.headers = b"", []
+        self.scope = {}  # type: ignore[typeddict-item]
+        if self.cycle is not None and self.cycle.response_complete:
+            self.cycle = None  # type: ignore[assignment]
 
     def on_response_complete(self) -> None:
         self.running = None

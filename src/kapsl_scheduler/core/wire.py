@@ -1,8 +1,8 @@
-"""The JSON form of a tensor, `{shape, dtype, data | data_base64}`, in and out.
+"""The original's form of a tensor, `{shape, dtype, data | data_base64}`, in and out.
 
-Packages and the JSON routes speak it. `data` lists byte values (0 to 255), never numbers, and the bytes are
-little-endian. What is not here: whether a tensor fits a model (`core.admission`) and the binary forms of the
-protocols (`server`).
+Packages and the JSON routes speak it in JSON: `data` lists byte values (0 to 255), never numbers, and the bytes are
+little-endian. The Kapsl socket has the same tensors with bytes that are bytes. What is not here: whether a tensor fits
+a model (`core.admission`) and the binary forms of the protocols (`server`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from kapsl_scheduler.errors import InvalidInput
 from kapsl_scheduler.types import Array, canonical_dtype, dtype_name, numpy_dtype
 
-__all__ = ["WIRE_DTYPES", "WireTensor", "decode_tensor", "encode_tensor", "read_tensor"]
+__all__ = ["WIRE_DTYPES", "WireTensor", "decode_bytes", "decode_tensor", "encode_bytes", "encode_tensor", "read_tensor"]
 
 WIRE_DTYPES: Final = ("float32", "float64", "float16", "int32", "int64", "uint8", "string")
 
@@ -54,6 +54,18 @@ def decode_tensor(wire: WireTensor | Mapping[str, Any], where: str) -> Array:
     return array
 
 
+def decode_bytes(shape: list[int], dtype: str, raw: bytes | memoryview, where: str) -> Array:
+    """The same of a tensor whose bytes came as bytes. Numbers are a view of them, where they are aligned."""
+    faults: list[str] = []
+    sizes = _read_shape(shape, where, faults)
+    name = _read_dtype(dtype, where, faults)
+    if sizes is not None and name is not None:
+        array = (_text if name == "string" else _numbers)(sizes, name, raw, where, faults)
+        if array is not None:
+            return array
+    raise InvalidInput("; ".join(faults))
+
+
 def read_tensor(wire: Any, where: str, faults: list[str]) -> Array | None:
     """As `decode_tensor`, for readers that gather faults: they are appended, and None is returned."""
     if isinstance(wire, WireTensor):
@@ -75,16 +87,21 @@ def encode_tensor(array: Array, *, base64: bool = False) -> dict[str, Any]:
     Raises `InvalidInput` for what the form cannot hold: another dtype than `WIRE_DTYPES`, a dimension of 0, a
     string tensor of several elements or with text that is not UTF-8.
     """
+    dtype, raw = encode_bytes(array)
+    tensor = {"shape": list(array.shape), "dtype": dtype}
+    if base64:
+        return {**tensor, "data_base64": binascii.b2a_base64(raw, newline=False).decode("ascii")}
+    return {**tensor, "data": list(raw)}
+
+
+def encode_bytes(array: Array) -> tuple[str, bytes]:
+    """The dtype and the bytes of `array`. Raises what `encode_tensor` raises."""
     dtype = dtype_name(array.dtype)
     if dtype not in WIRE_DTYPES:
         raise InvalidInput(f"dtype: expected one of {', '.join(WIRE_DTYPES)}, got {dtype}")
     if array.size == 0:
         raise InvalidInput(f"shape: expected dimensions above 0, got {list(array.shape)}")
-    raw = _utf8(array) if dtype == "string" else array.astype(_little_endian(dtype), copy=False).tobytes()
-    tensor = {"shape": list(array.shape), "dtype": dtype}
-    if base64:
-        return {**tensor, "data_base64": binascii.b2a_base64(raw, newline=False).decode("ascii")}
-    return {**tensor, "data": list(raw)}
+    return dtype, _utf8(array) if dtype == "string" else array.astype(_little_endian(dtype), copy=False).tobytes()
 
 
 # ------------------------------------------------------------------------------------------------ fields
@@ -142,21 +159,27 @@ _PAYLOADS: Final[Mapping[str, tuple[str, Callable[[Any], bytes]]]] = {
 # ----------------------------------------------------------------------------------------------- payload
 
 
-def _numbers(shape: tuple[int, ...], dtype: str, raw: bytes, where: str, faults: list[str]) -> Array | None:
+def _numbers(
+    shape: tuple[int, ...], dtype: str, raw: bytes | memoryview, where: str, faults: list[str]
+) -> Array | None:
     little = _little_endian(dtype)
     expected = math.prod(shape) * little.itemsize
     if len(raw) != expected:
         faults.append(f"{where}: expected {expected} bytes for {dtype} {list(shape)}, got {len(raw)}")
         return None
-    return np.frombuffer(raw, little).reshape(shape).astype(numpy_dtype(dtype), copy=False)
+    array = np.frombuffer(raw, little).reshape(shape).astype(numpy_dtype(dtype), copy=False)
+    if not array.flags.aligned:  # engines read it as it is
+        array = array.copy()
+        array.flags.writeable = False
+    return array
 
 
-def _text(shape: tuple[int, ...], dtype: str, raw: bytes, where: str, faults: list[str]) -> Array | None:
+def _text(shape: tuple[int, ...], dtype: str, raw: bytes | memoryview, where: str, faults: list[str]) -> Array | None:
     if math.prod(shape) != 1:
         faults.append(f"{where}.shape: expected one element for {dtype}, got {list(shape)}")
         return None
     try:
-        text = raw.decode("utf-8")
+        text = str(raw, "utf-8")
     except UnicodeDecodeError as error:
         faults.append(f"{where}: expected UTF-8 text for {dtype}: {error}")
         return None

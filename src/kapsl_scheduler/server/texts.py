@@ -35,8 +35,8 @@ def check_text_model(model: ServedModel) -> None:
 
 
 def text_inputs(model: ServedModel, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Array]:
-    """The inputs of one request: for each input of the model the value given under its name, else its default. Raises
-    `InvalidInput` for one that has neither, and for a value that does not fit."""
+    """The inputs of one request: for each input of the model the value given under its name (an array as it is), else
+    its default. Raises `InvalidInput` for one that has neither, and for a value that does not fit."""
     inputs: dict[str, Array] = {}
     for spec in model.info.inputs:
         if spec.name in given:
@@ -45,7 +45,7 @@ def text_inputs(model: ServedModel, given: Mapping[str, Any], defaults: Mapping[
             value = defaults[spec.name]
         else:
             raise InvalidInput(f"{spec.name}: model {model.name!r} expects it, and nothing came")
-        inputs[spec.name] = _tensor(spec, value)
+        inputs[spec.name] = value if isinstance(value, np.ndarray) else _tensor(spec, value)
     return inputs
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from kapsl_scheduler.app_http import Listening, listen, serve_http, tls_options
 from kapsl_scheduler.app_jobs import Jobs, faults_of_jobs
+from kapsl_scheduler.app_kapsl import kapsl_listeners
 from kapsl_scheduler.app_models import Models
 from kapsl_scheduler.app_sources import open_all, start_source
 from kapsl_scheduler.config import Config, load_config
@@ -65,11 +66,12 @@ async def serve(
     that cannot be had.
     """
     jobs = Jobs(config)  # before signals are handled: what it imports may take a while
-    _allow_files(config.server.max_connections + _OTHER_FILES)
+    _allow_files(2 * config.server.max_connections + _OTHER_FILES)  # over HTTP, and as many over the Kapsl socket
     with (
         _first_signal() as stop,
         tempfile.TemporaryDirectory(prefix="kapsl-") as workdir,
         listen(config.server.host, config.server.port) as listener,
+        kapsl_listeners(config.server) as sockets,
     ):
         async with (
             ModelRegistry(start_source, placed=jobs.start) as registry,
@@ -77,7 +79,7 @@ async def serve(
             Models(config, registry, jobs, Path(workdir)) as loading,
         ):
             if await _done_before(stop, loading.load(models, engines)):
-                await serve_http(config, registry, cron, loading, listener, announce, stop)
+                await serve_http(config, registry, cron, loading, listener, sockets, announce, stop)
 
 
 async def check(config: Config, models: Sequence[str]) -> list[str]:

@@ -11,13 +11,14 @@ import logging
 import math
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple
 
 import uvicorn
 
+from kapsl_scheduler.app_kapsl import endpoint_of
 from kapsl_scheduler.app_models import Models
 from kapsl_scheduler.app_sources import Source
 from kapsl_scheduler.config import (
@@ -33,6 +34,8 @@ from kapsl_scheduler.server.cron import NO_JOBS, CronApi
 from kapsl_scheduler.server.door import Connection
 from kapsl_scheduler.server.generate import GenerateApi
 from kapsl_scheduler.server.http import HttpApi, Part
+from kapsl_scheduler.server.kapsl_http import KapslApi
+from kapsl_scheduler.server.kapsl_socket import KapslSocket
 from kapsl_scheduler.server.metrics import Metrics
 from kapsl_scheduler.server.oip_http import OipApi
 from kapsl_scheduler.server.openai import OpenAiApi
@@ -55,6 +58,7 @@ class Listening(NamedTuple):
 
     url: str
     models: tuple[str, ...]
+    sockets: tuple[str, ...] = ()
 
 
 class _Server(uvicorn.Server):
@@ -88,6 +92,7 @@ async def serve_http(
     cron: CronScheduler | None,
     models: Models,
     listener: socket.socket,
+    sockets: Sequence[socket.socket],
     announce: Callable[[Listening], None],
     stop: asyncio.Event,
 ) -> None:
@@ -97,18 +102,28 @@ async def serve_http(
         OipApi(service, reload=models.reload, unload=models.unload),
         GenerateApi(service, max_body_bytes=max_body_bytes),
         OpenAiApi(service, max_body_bytes=max_body_bytes),
+        KapslApi(service, models, max_body_bytes=max_body_bytes),
     ]
     if cron is not None:
         parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
     metrics = Metrics(service.version, cron)
     settings = config.server
+    access = Access(config.tokens) if config.tokens else None
+    kapsl = KapslSocket(
+        service,
+        models.ids,
+        max_body_bytes=max_body_bytes,
+        max_connections=settings.max_connections,
+        access=access,
+        access_log=settings.access_log,
+    )
     api = HttpApi(
         service,
         max_body_bytes=max_body_bytes,
         metrics=metrics,
         parts=parts,
         absent=NO_JOBS,
-        guard=_guard(config),
+        guard=_guard(settings, access),
         access_log=settings.access_log,
     )
     host, port = listener.getsockname()[:2]
@@ -129,18 +144,20 @@ async def serve_http(
             timeout_graceful_shutdown=math.ceil(config.server.drain) + _GOODBYE,
             **tls_options(settings),
         ),
-        started=lambda: announce(Listening(url, names)),
+        started=lambda: announce(Listening(url, names, tuple(map(endpoint_of, sockets)))),
     )
     # uvicorn has a warning for each request that is no HTTP: strangers could fill the log, or a pipe that nobody reads.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    await kapsl.start(sockets)
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(server.serve([listener]))
-        sweeping = group.create_task(_sweep(server, settings.client_patience))
+        sweeping = group.create_task(_sweep(server, kapsl, settings.client_patience))
         await stop.wait()
         service.draining = True
         models.stop()
         server.should_exit = True
-        draining = {serving}
+        ending = group.create_task(kapsl.close(config.server.drain + _GOODBYE))
+        draining = {serving, ending}
         if cron is not None:  # fires nothing more from here on
             closing = group.create_task(cron.close(config.server.drain))
             draining.add(closing)
@@ -152,10 +169,8 @@ async def serve_http(
         await registry.close(0)
 
 
-def _guard(config: Config) -> Guard | None:
+def _guard(settings: ServerSettings, access: Access | None) -> Guard | None:
     """What stands before the routes, if anything does."""
-    settings = config.server
-    access = Access(config.tokens) if config.tokens else None
     hosts = None
     if settings.allowed_hosts or is_loopback(settings.host):
         hosts = Hosts(("localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts))
@@ -180,13 +195,14 @@ def tls_options(settings: ServerSettings) -> dict[str, Any]:
     }
 
 
-async def _sweep(server: uvicorn.Server, patience: float) -> None:
+async def _sweep(server: uvicorn.Server, kapsl: KapslSocket, patience: float) -> None:
     """Lets go of clients that stall, until cancelled: one look at all connections instead of a timer for each."""
     while True:
         await asyncio.sleep(patience / 4)
         for connection in list(server.server_state.connections):
             if isinstance(connection, Connection):
                 connection.close_if_stalled(patience)
+        kapsl.close_stalled(patience)
 
 
 def _version() -> str:

@@ -20,10 +20,19 @@ from kapsl_scheduler.config import (
 )
 from kapsl_scheduler.engines.onnx import OnnxEngine, usable_providers
 from kapsl_scheduler.errors import ModelLoadError
-from kapsl_scheduler.packages import LoadedPackage, load_model
+from kapsl_scheduler.packages import LoadedPackage, Manifest, load_model
 from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
 
-__all__ = ["Source", "engine_of", "open_all", "open_source", "source_of", "start_source"]
+__all__ = [
+    "Source",
+    "checked_name",
+    "engine_of",
+    "open_all",
+    "open_source",
+    "providers_of",
+    "source_of",
+    "start_source",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +55,10 @@ async def open_all(
     sources: dict[tuple[str, str], Source] = {}
     for name, given_engines in (engines or {}).items():
         several = tuple(given_engines) if isinstance(given_engines, list | tuple) else (given_engines,)
-        sources[_checked_name(name, f"{name}=..."), ""] = Source(name, name, config.for_model(name), engines=several)
+        sources[checked_name(name, f"{name}=..."), ""] = Source(name, name, config.for_model(name), engines=several)
     for given in models:
         name, package = await open_source(given, workdir)
-        _checked_name(name, given)
+        checked_name(name, given)
         version = package.manifest.version
         if (name, version) in sources or (name, "") in sources:
             raise ModelLoadError(
@@ -63,7 +72,8 @@ async def open_all(
     return list(sources.values())
 
 
-def _checked_name(name: str, given: str) -> str:
+def checked_name(name: str, given: str) -> str:
+    """The name of a model; raises `ModelLoadError` where it is none that a URL can have."""
     if "/" in name or name in (".", "..") or not name.isprintable():
         raise ModelLoadError(f"{given}: a model named {name!r} has no URL; name this one NAME={given}")
     return name
@@ -124,6 +134,12 @@ async def start_source(source: Source) -> Scheduler:
         raise
 
 
+def providers_of(manifest: Manifest) -> tuple[str, ...]:
+    """Where a package's model runs: what it asks for, as far as this onnxruntime has it."""
+    requirements = manifest.hardware_requirements
+    return usable_providers(filter(None, (requirements.preferred_provider, *requirements.fallback_providers)))
+
+
 def engine_of(source: Source) -> OnnxEngine:
     """The engine of a package."""
     name, package, settings = source.name, source.package, source.settings
@@ -133,7 +149,7 @@ def engine_of(source: Source) -> OnnxEngine:
         raise ModelLoadError(f"{name}: framework {manifest.framework!r} came, expected 'onnx'")
     requirements = manifest.hardware_requirements
     preferred = requirements.preferred_provider
-    providers = usable_providers(filter(None, (preferred, *requirements.fallback_providers)))
+    providers = providers_of(manifest)
     if preferred and not preferred.lower().startswith(providers[0]):
         _log.warning("%s: this onnxruntime has no provider %r, so %r it is", source.given, preferred, providers[0])
     return OnnxEngine(

@@ -53,6 +53,11 @@ _HELP: Final[Mapping[str, str]] = {
     "tls_cert": "Certificate of the server (PEM), with its chain: makes it HTTPS.",
     "tls_key": "Its private key (PEM).",
     "tls_client_ca": "Authority (PEM) whose certificate each client must have.",
+    "socket": "Path of the Kapsl socket. [default: kapsl.sock in the temp directory]",
+    "socket_enabled": "Have no Kapsl socket in the file system.",
+    "socket_host": "Address of the Kapsl socket on TCP.",
+    "socket_port": "Port of the Kapsl socket on TCP, where it is to be there too.",
+    "model_directories": "Directories that further models may be loaded from, with commas.",
     "access_log": "Log every request, without what is in it.",
     "drain": "Seconds that requests and jobs in flight have to end after a signal.",
     "cron_enabled": "Run no jobs, and need no store for them.",
@@ -171,6 +176,8 @@ def config_show(file: Path | None, as_json: bool, **flags: Any) -> None:
 
 def _announce(listening: Listening) -> None:
     click.echo(f"listening on {listening.url} with {', '.join(listening.models)}")
+    if listening.sockets:
+        click.echo(f"for Kapsl clients on {', '.join(listening.sockets)}")
 
 
 # ------------------------------------------------------------------------------------------ infer, models

@@ -64,7 +64,11 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     `tokens` is a file of those who may ask (`server.access`); without any, everybody who reaches the server may.
     `allowed_hosts` are names under which it is reached beside loopback's. `tls_cert` and `tls_key` (PEM files) make it
     HTTPS, `tls_client_ca` has clients show a certificate of that authority. A client that neither sends nor takes a
-    byte for `client_patience` seconds in the middle of a request loses its connection."""
+    byte for `client_patience` seconds in the middle of a request loses its connection.
+
+    `socket` is the path of the Kapsl socket, None: `kapsl.sock` in the temp directory, unless another server has that;
+    a `socket_port` has it on TCP as well. `model_ids` are the numbers of models, which it asks for.
+    `model_directories` are where further models may be loaded from."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
@@ -75,6 +79,12 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: _Count = 8192
     client_patience: Annotated[float, msgspec.Meta(gt=0)] = 20.0
     drain: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 10.0
+    socket: _Path | None = None
+    socket_enabled: bool = True
+    socket_host: str = "127.0.0.1"
+    socket_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
+    model_directories: tuple[_Path, ...] = ()
+    model_ids: dict[str, Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]] = {}
     tokens: _Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     tls_cert: _Path | None = None
@@ -215,9 +225,11 @@ def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], fil
     tokens: list[Token] = []
     if server is not None:
         tokens = _tokens(server, environment, faults)
-        if not tokens and not server.allow_remote and not is_loopback(server.host):
+        for key, host in (("host", server.host), ("socket_host", server.socket_host)):
+            if tokens or server.allow_remote or is_loopback(host):
+                continue
             faults.append(
-                f"host: {server.host!r} can be reached from other machines: make a token for each who may ask "
+                f"{key}: {host!r} can be reached from other machines: make a token for each who may ask "
                 "(kapsl-scheduler token new) and name their file with --tokens, or add --allow-remote if everybody who "
                 "reaches it may use it"
             )
@@ -301,8 +313,9 @@ def _only(layer: _Layer, settings: type[msgspec.Struct], prefix: str = "") -> _L
 
 
 def _from_environment(environment: Mapping[str, str], faults: list[str]) -> _Layer:
+    of_server = [field.name for field in options(ServerSettings)]
     of_cron = [CRON_PREFIX + field.name for field in options(CronSettings)]
-    valid = {_PREFIX + key.upper(): key for key in (*_keys(ServerSettings), *of_cron, *_keys(ModelSettings))}
+    valid = {_PREFIX + key.upper(): key for key in (*of_server, *of_cron, *_keys(ModelSettings))}
     layer = {}
     for variable, value in environment.items():
         if not variable.startswith(_PREFIX) or variable in _OTHER_VARIABLES:

@@ -14,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kapsl_scheduler.core.wire import WIRE_DTYPES, WireTensor, decode_tensor, encode_tensor, read_tensor
+from kapsl_scheduler.core.wire import (
+    WIRE_DTYPES,
+    WireTensor,
+    decode_bytes,
+    decode_tensor,
+    encode_bytes,
+    encode_tensor,
+    read_tensor,
+)
 from kapsl_scheduler.errors import InvalidInput
 from kapsl_scheduler.types import numpy_dtype
 
@@ -215,3 +223,20 @@ def test_text_may_come_as_any_numpy_string() -> None:
         np.array([b"n\xc3\xa9"], object),
     ):
         assert bytes(encode_tensor(array)["data"]).decode() == "né"
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_bytes_are_a_view_where_they_are_aligned_and_never_written_to(offset: int) -> None:
+    raw = bytearray(offset) + struct.pack("<2d", 1.5, -2.0)
+    array = decode_bytes([2], "FP64", memoryview(raw)[offset:].toreadonly(), "input")
+
+    assert array.tolist() == [1.5, -2.0]
+    assert array.flags.aligned
+    assert not array.flags.writeable
+    assert np.shares_memory(array, np.frombuffer(raw, np.uint8)) == (offset == 0)
+    assert encode_bytes(array) == ("float64", raw[offset:])
+
+
+def test_faults_of_a_tensor_in_bytes_are_told_together() -> None:
+    with pytest.raises(InvalidInput, match=r"^input.shape: .* got \[0\]; input.dtype: expected one of .* got 'bool'$"):
+        decode_bytes([0], "bool", b"", "input")

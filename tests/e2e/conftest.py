@@ -12,4 +12,5 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where servers put their state: their processes inherit it."""
     folder = tmp_path / "state"
     monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where servers put their socket, which only one can have
     return folder

@@ -84,6 +84,12 @@ class Process:
     def pid(self) -> int:
         return self._process.pid
 
+    async def line(self) -> str:
+        """The next line that it prints."""
+        assert self._process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            return (await self._process.stdout.readline()).decode()
+
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 

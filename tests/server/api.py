@@ -159,18 +159,26 @@ async def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("the condition did not come to hold")
 
 
+async def settled(condition: Callable[[], bool]) -> None:
+    """Until what has been sent, or begun in a thread, has come through."""
+    async with asyncio.timeout(5.0):
+        while not condition():  # noqa: ASYNC110  # nothing tells
+            await asyncio.sleep(0.001)
+
+
 async def exchange(
     api: HttpApi,
     messages: list[dict[str, Any]],
     *,
     headers: list[tuple[bytes, bytes]] | None = None,
     gone: Awaitable[Any] | None = None,
+    path: str = "/v2/models/m/infer",
 ) -> tuple[int, int]:
     """One inference over bare ASGI: `messages`, then a disconnect once `gone` is done. Status and messages read."""
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/v2/models/m/infer",
+        "path": path,
         "query_string": b"",
         "root_path": "",
         "headers": headers or [],

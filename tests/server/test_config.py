@@ -210,6 +210,28 @@ def test_faults_of_the_jobs_settings_say_where_they_stand(file: Path) -> None:
     assert any("the nearest valid key is 'store'" in fault for fault in faults)
 
 
+def test_where_the_kapsl_socket_is(file: Path) -> None:
+    file.write_text("[server]\nsocket = '/run/k.sock'\n[server.model_ids]\ndigits = 7\n")
+
+    environment = {"KAPSL_SOCKET_PORT": "9096", "KAPSL_SOCKET_ENABLED": "False"}
+    server = load_config(flags={"model_directories": "a, b"}, environment=environment, file=file).server
+
+    assert (server.socket, server.socket_enabled, server.socket_port) == ("/run/k.sock", False, 9096)
+    assert (server.model_ids, server.model_directories) == ({"digits": 7}, ("a", "b"))
+    (fault,) = faults_of({}, {"KAPSL_MODEL_IDS": "{}"})
+    assert fault.startswith("environment: there is no key 'KAPSL_MODEL_IDS'")
+    file.write_text("[server.model_ids]\ndigits = -1\n")
+    (fault,) = faults_of({}, {}, file)
+    assert fault.startswith(f"{file}: server.model_ids: Expected `int` >= 0")
+
+
+def test_a_kapsl_socket_that_others_can_reach_needs_a_word() -> None:
+    (fault,) = faults_of({"socket_host": "0.0.0.0"}, {})
+
+    assert fault.startswith("socket_host: '0.0.0.0' can be reached from other machines")
+    assert load_config(flags={"socket_host": "0.0.0.0", "allow_remote": True}, environment={}).server.port == 8080
+
+
 def test_functions_for_jobs_are_in_the_file_only(file: Path) -> None:
     file.write_text("[cron.callables]\nlatest = 'feeds:latest'\n'my feeds:ask' = 'feeds:Feed.ask'\n")
 

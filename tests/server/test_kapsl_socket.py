@@ -7,13 +7,14 @@ import logging
 import socket
 import struct
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ from kapsl_scheduler.server.kapsl_socket import AHEAD, KapslSocket
 from kapsl_scheduler.server.model_ids import ModelIds
 from kapsl_scheduler.server.service import Service
 from tests.protocol.kapsl import CHUNK, ERR, OK, Client, Meta, floats, packet, payload, read_packet
-from tests.server.api import Gate, double
+from tests.server.api import Gate, double, settled
 from tests.server.text import Words
 
 Function = Callable[..., Any]
@@ -589,13 +590,35 @@ def test_a_connection_survives_any_bytes_and_others_are_served(pieces: list[byte
         asyncio.run(play(Path(folder)))
 
 
+# --------------------------------------------------------------------------------------------- uvloop
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        test_requests_are_answered_on_one_connection,
+        test_tcp_has_the_same_bytes,
+        test_requests_sent_ahead_are_answered_in_their_order,
+        test_a_stream_is_chunks_and_an_end,
+        test_a_client_that_goes_takes_its_requests_back,
+        test_a_client_that_leaves_a_stream_ends_it,
+        test_a_stream_waits_for_a_client_that_does_not_read,
+        test_what_is_sent_ahead_is_bounded,
+        test_connections_beyond_the_bound_hear_so_and_are_closed,
+        test_clients_that_stall_are_let_go,
+        test_a_client_that_takes_nothing_is_let_go_and_one_that_takes_something_is_not,
+        test_closing_lets_requests_end_and_takes_no_more,
+        test_closing_has_an_end,
+    ],
+)
+def test_the_same_on_the_loop_of_a_server(
+    scenario: Callable[[Path], Coroutine[Any, Any, None]], tmp_path: Path
+) -> None:
+    """Connections are the loop's business, and a server has another loop than these tests."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario(tmp_path))
+
+
 async def one_connection(served: Served) -> list[Any]:
     await settled(lambda: len(served.kapsl.connections) == 1)
     return list(served.kapsl.connections)
-
-
-async def settled(condition: Callable[[], bool]) -> None:
-    """Until what was sent has come through."""
-    async with asyncio.timeout(5.0):
-        while not condition():  # noqa: ASYNC110  # nothing tells
-            await asyncio.sleep(0.001)

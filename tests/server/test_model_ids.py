@@ -53,6 +53,18 @@ def test_an_id_that_was_counted_out_is_nobody_elses_later() -> None:
         ids.of("a")
 
 
+def test_the_id_of_a_model_that_never_came_is_counted_out_again() -> None:
+    ids = ModelIds()
+    ids.assign("a")
+    ids.assign("b")
+    ids.release("b")
+
+    assert ids.assign("c") == 1
+    ids.assign("d", 9)
+    ids.release("d")
+    assert (ids.assign("e"), ids.assign("f", 9)) == (2, 9)
+
+
 def test_two_models_cannot_be_configured_for_one_id() -> None:
     with pytest.raises(ValueError, match="expected an id for each model, got 3 for 'a' and for 'b'"):
         ModelIds({"a": 3, "b": 3})

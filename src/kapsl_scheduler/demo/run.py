@@ -182,7 +182,7 @@ async def _server() -> AsyncIterator[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("KAPSL_")}
     with tempfile.TemporaryDirectory(prefix="kapsl-demo-") as folder:
         store = str(Path(folder) / "cron.db")
-        command = ("-m", "kapsl_scheduler", "serve", str(PACKAGE), "--port", "0", "--store", store)
+        command = ("-m", "kapsl_scheduler", "serve", str(PACKAGE), "--port", "0", "--no-socket", "--store", store)
         async with _process(command, environment) as url:
             yield url
 

@@ -172,9 +172,11 @@ _ROLES: Final[tuple[tuple[frozenset[str], re.Pattern[str], Role | None], ...]] =
     (frozenset(methods.split()), re.compile(path), role)
     for methods, path, role in (
         ("", r"/v2/health/", None),
+        ("", r"/api/health$", None),
         ("", r"/metrics", Role.ADMIN),
         ("", r"/debug", Role.ADMIN),
         ("POST", r"/v2/models/[^/]+(/versions/[^/]+)?/(infer|generate|generate_stream)$", Role.READER),
+        ("POST", r"/api/models/[^/]+/infer$", Role.READER),
         ("POST", r"/v2/repository/index$", Role.READER),
         ("", r"/v2/repository/", Role.ADMIN),
         ("POST", r"/v1/", Role.READER),

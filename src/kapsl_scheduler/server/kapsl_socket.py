@@ -162,8 +162,7 @@ class _Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------------------------------------ the connection
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvloop's is no subclass
         server = self._server
         self._transport = transport
         server.connections.add(self)

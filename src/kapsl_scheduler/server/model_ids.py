@@ -73,6 +73,13 @@ class ModelIds:
         """All models that have an id, in the order of their ids."""
         return [self._names[id] for id in sorted(self._names)]
 
+    def release(self, name: str) -> None:
+        """The model has never come, and nobody has heard of its id: it may be counted out again."""
+        id = self._ids.pop(name)
+        del self._names[id]
+        if id == self._next - 1:
+            self._next = id
+
     def forget(self, name: str) -> None:
         """The model is gone for good."""
         self._names.pop(self._ids.pop(name, -1), None)

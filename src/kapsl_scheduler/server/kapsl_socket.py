@@ -182,6 +182,9 @@ class _Connection(asyncio.Protocol):
             self._task.cancel()
         else:
             self._leave()
+        # It and its transport are a ring, which the collector finds late: nothing is to be held until then.
+        self._head.clear()
+        self._ahead = bytearray()
         self._server.connections.discard(self)
         if not self._server.connections:
             self._server.empty.set()

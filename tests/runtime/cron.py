@@ -159,7 +159,7 @@ class FaultyStore:
         fails: Callable[[str, int], str | None] | None = None,
         yields: Iterator[int] | None = None,
     ) -> None:
-        self.memory = memory or MemoryStore()
+        self.held = memory or MemoryStore()
         self.instant = instant
         self.fails = fails
         self.counts: Counter[str] = Counter()
@@ -168,7 +168,7 @@ class FaultyStore:
         self._opened = False
 
     async def open(self) -> None:
-        await self.memory.open()
+        await self.held.open()
         self._opened = True
 
     async def close(self) -> None:
@@ -189,7 +189,7 @@ class FaultyStore:
         if how == "before":
             self.failed += 1
             raise StoreError("a planned failure")
-        result = await getattr(self.memory, name)(*words, **options)
+        result = await getattr(self.held, name)(*words, **options)
         await self._give_way()
         if how == "after":
             self.failed += 1

@@ -253,11 +253,11 @@ async def test_what_was_being_written_when_it_closed_is_not_left_running() -> No
             await cron.register(a_job(schedule=30))
             await asyncio.sleep(30.1 - 1.4)
             await cron.close(drain=drain)
-        (record,) = await store.memory.jobs()
+        (record,) = await store.held.jobs()
         assert record.state.balanced
         assert record.state.pending == 0, drain
         assert target.in_flight == 0
-        assert await store.memory.beats() == {}
+        assert await store.held.beats() == {}
 
 
 @virtual

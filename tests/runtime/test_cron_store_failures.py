@@ -180,10 +180,10 @@ async def test_any_one_commit_may_fail(how: str) -> None:
                     pass
                 await asyncio.sleep(1.3)
             await asyncio.sleep(5)
-        for record in await store.memory.jobs():
+        for record in await store.held.jobs():
             assert record.state.balanced, (number, record)
             assert record.state.pending == 0, (number, record)
-        runs = await store.memory.runs(_everything())
+        runs = await store.held.runs(_everything())
         assert not [run for run in runs if run.state.open], number
         assert sum(run.origin == "once" for run in runs) == 1, number
         assert len(target.calls) <= sum(run.state.value not in ("skipped", "missed") for run in runs)

@@ -11,11 +11,25 @@ import msgspec
 import numpy as np
 import pytest
 
-from kapsl_scheduler import CronRun, Firing, InferenceError, InvalidInput, OnInterrupt, RunPolicy, Unavailable
+from kapsl_scheduler import (
+    CronOverflowPolicy,
+    CronRun,
+    Firing,
+    InferenceError,
+    InvalidInput,
+    OnInterrupt,
+    Overloaded,
+    RunPolicy,
+    StoreError,
+    Unavailable,
+)
 from kapsl_scheduler.ports import SinkItem, SourceItem
+from kapsl_scheduler.runtime.cron_feed import Feed, numbered
+from kapsl_scheduler.runtime.cron_stream import Stream
+from kapsl_scheduler.runtime.offload import Strangers, taken_in_thread
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.testing import WallClock
-from tests.runtime.cron import Target, X, a_job, counts, cron_over, next_event, run_ended
+from tests.runtime.cron import Target, X, a_job, at, counts, cron_over, next_event, run_ended
 from tests.runtime.helpers import until_async
 from tests.runtime.virtual import virtual, with_threads
 
@@ -99,6 +113,14 @@ class BreakingWriter(Writer):
         if self._items:
             raise OSError("disk full")
         return super().flush()
+
+
+class GoingBack(msgspec.Struct, frozen=True, tag="going back"):
+    """Opened again, it is as it was when it was last remembered."""
+
+    def open(self, firing: Firing, memory: Mapping[str, str]) -> Writer:
+        del KEPT.flushed[int(memory.get("size", "0")) :]
+        return Writer()
 
 
 class Lines(msgspec.Struct, frozen=True, tag="lines"):
@@ -395,6 +417,100 @@ async def test_what_a_sink_has_lost_is_sent_again() -> None:
         run = await run_ended(cron)
         assert (outcome(run), run.attempt) == (("succeeded", ""), 2)
     assert KEPT.flushed == [str(number) for number in range(20)]
+
+
+@virtual
+async def test_an_answer_that_comes_while_a_sink_fails_is_not_lost_and_all_are_counted_once() -> None:
+    """The sink breaks when it is given what was in doubt until that answer came."""
+    sunk: list[str] = []
+    target = Target(does=lambda number: InferenceError("bad") if number == 256 else 0.0)
+
+    async def sink(items: list[SinkItem]) -> None:
+        if items[-1].error is not None:
+            raise OSError("the other side is gone")
+        sunk.extend(item.key for item in items)
+
+    def make(firing: Firing) -> list[Any]:
+        return [X] * 300
+
+    async with cron_over(target) as cron:
+        await cron.register(a_job(schedule=DAY, request=make, sink=sink, run=RunPolicy(attempts=2, max_in_flight=1)))
+        run = await run_ended(cron)
+        assert (outcome(run), run.attempt) == (("succeeded", ""), 2)  # what failed once was answered when sent again
+        assert (run.requests, run.failed_requests, run.rows) == (300, 0, 300)
+    assert sunk == [str(number) for number in range(300)]
+
+
+class Host:
+    """An execution of which checkpoints fail, those of the numbers `fails`."""
+
+    def __init__(self, *fails: int) -> None:
+        self.fails = fails
+        self.done: float | None = None
+        self.strangers = Strangers()
+        self.remembered: dict[str, str] = {}
+        self.checkpoints = self.counted = 0
+
+    def add(self, request: Any, response: Any, rows: int = 1) -> None:
+        self.counted += 1
+
+    def counts(self) -> tuple[int, ...]:
+        return (self.counted,)
+
+    def recount(self, counts: tuple[int, ...]) -> None:
+        (self.counted,) = counts
+
+    async def infer(self, request: Any, *, starts: bool = True) -> Any:
+        await asyncio.sleep(0.6)
+        return request
+
+    async def checkpoint(self, memory: Mapping[str, str | None]) -> bool:
+        self.checkpoints += 1
+        if self.checkpoints in self.fails:
+            raise StoreError("locked for a moment")
+        self.remembered |= {key: value for key, value in memory.items() if value is not None}
+        return True
+
+    async def memory(self) -> Mapping[str, str]:
+        return dict(self.remembered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [(2,), (2, 3)], ids=["once", "twice"])
+@pytest.mark.parametrize("lasts", [False, True], ids=["source", "callable"])
+@with_threads
+async def test_a_checkpoint_that_fails_leaves_source_and_sink_where_they_were_together(
+    lasts: bool, fails: tuple[int, ...]
+) -> None:
+    firing = Firing("job", at(0), "schedule", 1)
+    host = Host(*fails)
+    stream = Stream(host, GoingBack(), 1, keep=False)
+
+    def feed() -> Feed:
+        items = numbered([X] * 10) if lasts else taken_in_thread(Rows(upto=10).items(firing, host.remembered))
+        return Feed(items, ahead=1, lasts=lasts, strangers=host.strangers)
+
+    first = feed()
+    with pytest.raises(StoreError):
+        await stream.run(first, firing, final=False)
+    second = first if lasts else feed()
+    await stream.run(second, firing, final=True)
+    await first.close()
+    await second.close()
+    assert KEPT.flushed == ([str(number) for number in range(10)] if lasts else keys(*range(10)))
+    assert (stream.requests, host.counted) == (10, 10)
+
+
+@virtual
+async def test_a_bad_item_in_front_does_not_stand_for_the_request_that_asks_for_room() -> None:
+    """The first that is really sent decides whether the firing takes place."""
+    target = Target(does=lambda number: Overloaded("full"))
+    async with cron_over(target) as cron:
+        source = Rows(upto=3, bad=(0,))
+        await cron.register(a_job(schedule=DAY, request=source, overflow_policy=CronOverflowPolicy.SKIP_IF_BUSY))
+        run = await run_ended(cron)
+        assert (outcome(run), run.requests) == (("skipped", "busy"), 0)
+    assert len(target.calls) == 1
 
 
 @virtual

@@ -135,6 +135,14 @@ class Execution:
         else:
             self._output_bytes += nbytes(getattr(response, "outputs", None))
 
+    def counts(self) -> tuple[int, ...]:
+        """What has been counted so far, for `recount`."""
+        return self.requests, self._failed_requests, self._rows, self._input_bytes, self._output_bytes
+
+    def recount(self, counts: tuple[int, ...]) -> None:
+        """What was added since is to be done again."""
+        self.requests, self._failed_requests, self._rows, self._input_bytes, self._output_bytes = counts
+
     def on(self, run: Run, **changes: Any) -> Run:
         """The record of the run with what it has done so far, over its attempts, and `changes`."""
         return msgspec.structs.replace(
@@ -278,20 +286,6 @@ class Execution:
 
     def _feed_of(self, items: AsyncIterator[SourceItem], *, lasts: bool) -> Feed:
         return Feed(items, ahead=self._job.run.max_in_flight, lasts=lasts, strangers=self.strangers)
-
-    async def _alone(self, request: Any) -> Outcome:
-        try:
-            response = await self.infer(request)
-        except Overloaded as error:
-            if not error.evicted:
-                return self._refused(error)
-            self.add(request, None, row_count(request))
-            return Outcome(RunState.FAILED, "evicted", error)
-        except Exception:
-            self.add(request, None, row_count(request))
-            raise
-        self.add(request, response, row_count(request))
-        return Outcome(RunState.SUCCEEDED, result=response)
 
     def _refused(self, error: Overloaded) -> Outcome:
         """There was no room: the firing does not take place, unless it has taken place already and is tried again."""

@@ -71,6 +71,8 @@ class StreamHost(Protocol):
     def strangers(self) -> Strangers: ...
 
     def add(self, request: Any, response: InferenceResponse | None, rows: int = ...) -> None: ...
+    def counts(self) -> tuple[int, ...]: ...
+    def recount(self, counts: tuple[int, ...]) -> None: ...
     def infer(self, request: Any, *, starts: bool = ...) -> Awaitable[InferenceResponse]: ...
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool: ...
     async def memory(self) -> Mapping[str, str]: ...
@@ -82,8 +84,9 @@ class Stream:
     A bad item harms only itself: of `requests` it counts the `failed` ones, and the first error is kept with its key.
     Whether an error of the model is the item's own shows when a later item is answered. Until then the item is in
     doubt: it is neither handed on nor remembered as done, so that a model which is out for a while loses nothing.
-    `refused` is why the first request of an attempt, and with it the attempt, found no room. `kept` has the answers in
-    order, None for what failed; it is None where they are not to be kept.
+    What is to be sent again is counted again, and once: an attempt that fails takes back what it counted since all was
+    certain. `refused` is why the first request of an attempt, and with it the attempt, found no room. `kept` has the
+    answers in order, None for what failed; it is None where they are not to be kept.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Stream:
 
     def _begin(self) -> None:
         """What belongs to one attempt."""
+        self.refused = None
         self._flying: deque[tuple[SourceItem, asyncio.Task[InferenceResponse] | None]] = deque()
         self._doubtful: list[tuple[SourceItem, Exception]] = []
         self._writer: SinkWriter | Callable[..., Any] | None = None
@@ -112,6 +116,7 @@ class Stream:
         self._checked = asyncio.get_running_loop().time()
         self._at_work: asyncio.Future[Any] | None = None  # the sink, in its thread
         self._broken = False  # the sink may have lost something: nothing more is certain
+        self._all_is_certain()
 
     async def run(self, feed: Feed, firing: Firing, *, final: bool) -> None:
         """One attempt: all items, to the last answer and the last checkpoint. A `final` one does not leave items in
@@ -122,6 +127,7 @@ class Stream:
         """
         self._begin()
         self._holds = feed.lasts
+        whole = False
         try:
             await self._open(firing)
             await self._send_all(feed)
@@ -132,6 +138,7 @@ class Stream:
                     raise self._doubtful[0][1]
                 await self._settle_doubtful()
                 await self._make_sure()
+                whole = True
         except (Exception, asyncio.CancelledError):
             for _, task in self._flying:
                 if task is not None:
@@ -142,6 +149,8 @@ class Stream:
             await self._host.strangers.end(*(task for _, task in self._flying if task is not None))
             if feed.lasts:
                 feed.give_back([*self._uncertain, *(item for item, _ in (*self._doubtful, *self._flying))])
+            if not whole:
+                self._count_as_when_certain()
             self._close()
 
     def give_up(self) -> None:
@@ -162,7 +171,7 @@ class Stream:
                 if task is None or task.done():
                     if not begun and task is not None and self._is_refused(task):
                         return
-                    begun = True
+                    begun = begun or task is not None
                     await self._land()
                     continue
                 if task is not watched:
@@ -221,11 +230,13 @@ class Stream:
                 response = task.result()
             except (InvalidInput, *_DOUBTFUL) as failure:
                 error = failure
-        self._flying.popleft()
         if error is None:
-            await self._settle_doubtful()
+            await self._settle_doubtful()  # if that fails, this one is still on its way
+            self._flying.popleft()
             await self._settle(item, response, None)
-        elif not self._doubtful and not isinstance(error, _DOUBTFUL):
+            return
+        self._flying.popleft()
+        if not self._doubtful and not isinstance(error, _DOUBTFUL):
             await self._settle(item, None, error)
         else:  # order is kept: behind an item in doubt, others wait
             self._doubtful.append((item, error))
@@ -251,6 +262,8 @@ class Stream:
                 self._uncertain.append(item)
             if len(self._answered) >= BATCH:
                 await self._hand_on()
+        elif self._holds:
+            self._all_is_certain()
         if asyncio.get_running_loop().time() - self._checked >= CHECKPOINT or len(self._uncertain) >= CHECKPOINT_AFTER:
             await self._make_sure()
 
@@ -261,6 +274,16 @@ class Stream:
             self.failed += 1
             if self.first_error is None:
                 self.first_error, self.first_key = error, item.key
+
+    def _all_is_certain(self) -> None:
+        """Whatever happens, what has been counted is not sent again."""
+        self._uncertain = []
+        done = self._host.done
+        self._certain = self.requests, self.failed, self.first_error, self.first_key, done, self._host.counts()
+
+    def _count_as_when_certain(self) -> None:
+        self.requests, self.failed, self.first_error, self.first_key, self._host.done, counts = self._certain
+        self._host.recount(counts)
 
     # ---------------------------------------------------------------------------------------------- sink
 
@@ -286,7 +309,8 @@ class Stream:
         self._broken = True
         await self._host.strangers.call(self._writer, items)
         self._broken = False
-        self._uncertain = []
+        if self._holds:
+            self._all_is_certain()
 
     async def _make_sure(self) -> None:
         """A checkpoint: what the sink has for good, and where the source was then."""
@@ -295,10 +319,11 @@ class Stream:
         memory = dict(self._marks)
         if isinstance(self._writer, SinkWriter):
             memory.update(await self._in_turn(self._writer.flush))
-            self._uncertain = []
-        self._marks = {}
+        # Until it is written, a sink that is opened again goes back to what was written before.
         if not await self._host.checkpoint(memory):
             raise RunLost
+        self._marks = {}
+        self._all_is_certain()
 
     async def _in_turn(self, method: Callable[..., Any], *words: Any) -> Any:
         """Call the sink in a thread, once it is done with what it was given before: a caller that was cancelled has

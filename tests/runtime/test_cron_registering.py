@@ -339,12 +339,48 @@ async def test_callables_of_one_name_are_not_taken_for_each_other(shared: Any) -
 async def test_a_job_that_is_read_again_keeps_its_own_callables() -> None:
     """Two processes; the other one changes the job, whose function only this one has."""
     store, target = FaultyStore(), Target()
-    other = FaultyStore(store.memory)
+    other = FaultyStore(store.held)
     async with (
         cron_over(target, store=store, lease=3.0) as cron,
         CronScheduler(Target(), store=other, lease=3.0) as far,
     ):
         await cron.register(a_job(schedule=DAY, request=Row(3).request))
+        await asyncio.sleep(2)
+        await far.register(a_job(schedule=DAY, request=Row(4).request, run=RunPolicy(attempts=2)))
+        await asyncio.sleep(2)
+        assert cron.job("job").run.attempts == 2
+        await run_ended(cron)
+    assert [int(call.request[0, 0]) for call in target.calls] == [3]
+
+
+@pytest.mark.parametrize("how", ["register", "register_all", "update"])
+@virtual
+async def test_a_registration_that_is_refused_leaves_a_job_the_callables_it_has(how: str) -> None:
+    """They are looked up when the job is read again: here, because another process changes it."""
+    broken = False
+
+    def fails(name: str, number: int) -> str | None:
+        nonlocal broken
+        strikes, broken = broken and name == "commit", broken and name != "commit"
+        return "before" if strikes else None
+
+    store, target = FaultyStore(fails=fails), Target()
+    async with (
+        cron_over(target, store=store, lease=3.0) as cron,
+        CronScheduler(Target(), store=FaultyStore(store.held), lease=3.0) as far,
+    ):
+        await cron.register(a_job(schedule=DAY, request=Row(3).request))
+        wrong = a_job(schedule=DAY, request=Row(5).request, run=RunPolicy(attempts=3))
+        if how == "register":
+            with pytest.raises(DuplicateId):
+                await cron.register(wrong)
+        elif how == "register_all":
+            with pytest.raises(DuplicateId):
+                await cron.register_all([a_job("other"), wrong])
+        else:
+            broken = True
+            with pytest.raises(StoreError):
+                await cron.update(wrong)
         await asyncio.sleep(2)
         await far.register(a_job(schedule=DAY, request=Row(4).request, run=RunPolicy(attempts=2)))
         await asyncio.sleep(2)

@@ -41,10 +41,14 @@ class Bindings:
             raise ValueError(f"name: {name!r} is bound to another callable")
 
     def learn(self, job: CronJob) -> None:
-        """Remember a job's callables and its package: it will be read again. Other jobs may refer to a function of a
-        module by its own name; a lambda, a method or the like shares its name with others, and is the job's alone."""
+        """Remember the callables and the package of a job that has been registered: it will be read again."""
         if job.package is not None:
             self.packages.add(job.package)
+        self.learn_callables(job)
+
+    def learn_callables(self, job: CronJob) -> None:
+        """Other jobs may refer to a function of a module by its own name; a lambda, a method or the like shares its
+        name with others, and is the job's alone."""
         own: dict[str, Callable[..., Any]] = {}
         for field in _FIELDS:
             value = getattr(job, field)

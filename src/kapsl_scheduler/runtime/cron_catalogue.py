@@ -8,6 +8,7 @@ form of a package (`packages.manifest`).
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Final
 
@@ -68,14 +69,14 @@ class Catalogue:
     # ---------------------------------------------------------------------------------------- coming and going
 
     async def register(self, job: CronJob, *, refuse: bool) -> None:
-        checked, definition = await self._checked(job)
-        await self._keep((checked.id,))
-        self._check_new(checked.id)
-        self.registered.add(checked.id)
+        define = await self._define(job, refuse=refuse)
+        await self._keep((job.id,))
+        self._check_new(job.id)
+        self.registered.add(job.id)
         try:
-            await self._ledger.do(Define(self._runs, checked, definition, refuse=refuse))
+            await self._ledger.do(define)
         except BaseException:
-            self.registered.discard(checked.id)
+            self.registered.discard(job.id)
             raise
 
     async def register_all(self, jobs: Iterable[CronJob], *, refuse: bool = False, own: Set[str] = frozenset()) -> None:
@@ -114,16 +115,15 @@ class Catalogue:
             if number % AT_ONCE == AT_ONCE - 1:
                 await asyncio.sleep(0)
             try:
-                checked, definition = await self._checked(job)
+                intent = await self._define(job, refuse=refuse)
             except (InvalidJob, InvalidExpression) as error:
                 faults.append(str(error) if isinstance(error, InvalidJob) else f"job {job.id!r}: schedule: {error}")
                 continue
-            id = checked.id
-            if id in defines or id not in own:
-                self._check_new(id, defines)
-            intent = defines[id] = Define(self._runs, checked, definition, refuse=refuse)
+            if job.id in defines or job.id not in own:
+                self._check_new(job.id, defines)
+            defines[job.id] = intent
             try:
-                intent.decide(self._ledger.entries.get(id))
+                intent.decide(self._ledger.entries.get(job.id))
             except InvalidJob as error:
                 faults.append(str(error))
         if faults:
@@ -139,7 +139,8 @@ class Catalogue:
                     if before is None:
                         await self.remove(id, cancel=True)
                     else:
-                        await self._ledger.do(Define(self._runs, *before))
+                        learn = functools.partial(self.bindings.learn_callables, before[0])
+                        await self._ledger.do(Define(self._runs, *before, learn))
                 del self._undo[id]
 
     async def _keep(self, ids: Iterable[str]) -> None:
@@ -152,10 +153,10 @@ class Catalogue:
     async def update(self, job: CronJob) -> None:
         """Raises `NotFound`."""
         self.entry(job.id)
-        checked, definition = await self._checked(job)
-        await self._keep((checked.id,))
-        await self._ledger.do(Define(self._runs, checked, definition, known=True))
-        self.registered.add(checked.id)
+        define = await self._define(job, known=True)
+        await self._keep((job.id,))
+        await self._ledger.do(define)
+        self.registered.add(job.id)
 
     async def remove(self, id: str, *, cancel: bool) -> bool:
         """Whether it was there."""
@@ -178,8 +179,8 @@ class Catalogue:
         if id in self.registered or id in also:
             raise DuplicateId(f"a job {id!r} is registered already: update it, or unregister it first")
 
-    async def _checked(self, job: CronJob) -> tuple[CronJob, bytes]:
-        """The job as it will fire, and as it is stored. What it refers to by name is there."""
+    async def _define(self, job: CronJob, *, refuse: bool = False, known: bool = False) -> Define:
+        """To be written: the job as it will fire, and as it is stored. What it refers to by name is there."""
         checked = job.check(allow_latency_critical=self._allow_critical)
         if hasattr(self._target, "target"):
             if checked.model is None:
@@ -195,8 +196,8 @@ class Catalogue:
             bound, definition = _kept(bound, checked)
         else:
             bound, definition = await in_thread(_kept, bound, checked)
-        self.bindings.learn(checked)
-        return bound, definition
+        learn = functools.partial(self.bindings.learn, checked)
+        return Define(self._runs, bound, definition, learn, refuse=refuse, known=known)
 
     # ------------------------------------------------------------------------------------------------ packages
 

@@ -6,7 +6,7 @@ order of things and the store (`runtime.cron_ledger`), when a job may be defined
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -27,14 +27,23 @@ replace = msgspec.structs.replace
 
 class Define(Intent):
     """A job as its owner wants it: new (unless it must be `known`), or in place of what is known under its id, with its
-    counters and its phase."""
+    counters and its phase. Once it is written, `learn` is called: what it was registered with replaces nothing of a job
+    that stays."""
 
-    __slots__ = ("_host", "_job", "_known", "_missed", "_refuse", "_told", "definition")
+    __slots__ = ("_host", "_job", "_known", "_learn", "_missed", "_refuse", "_told", "definition")
 
     def __init__(
-        self, host: IntentHost, job: CronJob, definition: bytes, *, refuse: bool = False, known: bool = False
+        self,
+        host: IntentHost,
+        job: CronJob,
+        definition: bytes,
+        learn: Callable[[], None],
+        *,
+        refuse: bool = False,
+        known: bool = False,
     ) -> None:
         super().__init__(job.id)
+        self._learn = learn
         self._known = known
         self._host = host
         self._job = job
@@ -91,6 +100,7 @@ class Define(Intent):
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
         assert entry is not None
+        self._learn()
         entry.job, entry.timetable, entry.unbound = self._job, Timetable.of(self._job, entry.state.anchor), None
         self._host.reschedule(entry)
         self._host.room_for_waiting(entry)

@@ -19,6 +19,7 @@ from kapsl_scheduler.app_jobs import Jobs
 from kapsl_scheduler.app_sources import Source, checked_name, open_all, open_source, providers_of, source_of
 from kapsl_scheduler.config import Config, ConfigError
 from kapsl_scheduler.errors import (
+    EngineError,
     Forbidden,
     InvalidInput,
     ModelLoadError,
@@ -60,6 +61,7 @@ class Models:
         self._given: dict[str, dict[str, ServedModel]] = {}  # by name and path, what was last loaded from there
         self._known: dict[str, KnownModel] = {}  # as each was when it was last loaded
         self._reloads: dict[str, _Reload] = {}  # by name, of what has none yet by path
+        self._adding: set[str] = set()  # names of the latter, once they are known
         self._ending: set[str] = set()
         self._stopping = False
 
@@ -82,12 +84,12 @@ class Models:
             self._known[source.name] = _known(source, model)
 
     async def reload(self, name: str) -> ServedModel:
-        """Reads a model's file again (of several versions, all) and puts what is there now in its place, without a gap,
-        or into service again.
+        """Reads a model's file again and puts what is there now in its place, without a gap, or into service again. Of
+        several versions each by itself: what is wrong with one keeps none of the others.
 
         Whoever asked may stop waiting: it goes on. Raises `ModelNotLoaded`, `ModelLoadError` and `StoreError` (then
-        the old model and its jobs stay), `Overloaded` while the model is being loaded already and `Unavailable` once
-        `stop` was called.
+        the old model and its jobs stay; of several versions, the first error), `Overloaded` while the model is being
+        loaded already and `Unavailable` once `stop` was called.
         """
         old = self._registry.get(name) if name in self._registry or name not in self._given else None
         if name not in self._given:
@@ -177,6 +179,7 @@ class Models:
             if name in self._registry or name in self._given:
                 raise InvalidInput(f"model_path: a model named {name!r} is known already, expected another name")
             self._given[name] = {}  # from here on nobody else can take the name
+            self._adding.add(name)
             try:
                 self.ids.assign(name, id)
                 try:
@@ -188,6 +191,8 @@ class Models:
             except BaseException:
                 del self._given[name]
                 raise
+            finally:
+                self._adding.discard(name)
         except BaseException:
             package.remove()
             raise
@@ -212,25 +217,38 @@ class Models:
     def _check_idle(self, name: str) -> None:
         if self._stopping:
             raise Unavailable("the server is closing")
-        if name in self._reloads:
+        if name in self._reloads or name in self._adding:
             raise Overloaded(f"model {name!r} is being loaded already")
 
     async def _reload(self, name: str) -> ServedModel:
+        given = self._given[name]
+        errors: list[EngineError | StoreError] = []
+        for path, before in given.items():
+            try:
+                given[path] = await self._load_again(name, path, before)
+            except (ModelLoadError, StoreError) as error:
+                _log.error("model %r was not replaced: %s", name, error)
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return self._registry.get(name)
+
+    async def _load_again(self, name: str, path: str, before: ServedModel) -> ServedModel:
+        _, package = await open_source(path, self._workdir)
+        served = before in self._registry.versions(name)
+        source = source_of(name, path, package, self._config)
         try:
-            given = self._given[name]
-            for path, before in given.items():
-                _, package = await open_source(path, self._workdir)
-                source = source_of(name, path, package, self._config)
-                if before in self._registry.versions(name):
-                    drain, version = self._config.server.drain, before.info.version
-                    given[path] = await self._registry.replace(name, source, version=version, drain=drain)
-                else:
-                    given[path] = await self._registry.load(name, source)
-                self._known[name] = _known(source, given[path])
-            return self._registry.get(name)
-        except (ModelLoadError, StoreError) as error:
-            _log.error("model %r was not replaced: %s", name, error)
+            if served:
+                drain, version = self._config.server.drain, before.info.version
+                model = await self._registry.replace(name, source, version=version, drain=drain)
+            else:
+                model = await self._registry.load(name, source)
+        except BaseException:
+            if not served or before in self._registry.versions(name):  # else the new one is in its place
+                package.remove()
             raise
+        self._known[name] = _known(source, model)
+        return model
 
     def stop(self) -> None:
         """Refuses further reloads and ends those that still load; an old model that was replaced ends its requests."""

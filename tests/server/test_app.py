@@ -444,3 +444,16 @@ async def test_versions_of_a_model_are_loaded_side_by_side_and_anew(tmp_path: Pa
         assert not set(map(id, before)) & set(map(id, after))
         await models.unload("digits")
         assert registry.list() == []
+
+
+async def test_a_version_that_cannot_be_loaded_anew_keeps_no_other_from_it(tmp_path: Path) -> None:
+    paths = [build_package(DIGITS, tmp_path / f"{version}.aimod", version=version) for version in ("1", "2")]
+    async with loaded(tmp_path, given=[f"digits={path}" for path in paths]) as (_, registry, models):
+        before = registry.versions("digits")
+        paths[0].write_bytes(b"no archive")
+        with pytest.raises(ModelLoadError, match=r"1\.aimod"):
+            await models.reload("digits")
+        after = registry.versions("digits")
+        assert after[0] is before[0]
+        assert (after[1].info.version, after[1] is before[1]) == ("2", False)
+        assert len(list((tmp_path / "unpacked").iterdir())) == 2

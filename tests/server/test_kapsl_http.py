@@ -22,6 +22,7 @@ from kapsl_scheduler.app_sources import start_source
 from kapsl_scheduler.config import Config, ConfigError, CronSettings, ServerSettings
 from kapsl_scheduler.demo.run import PACKAGE
 from kapsl_scheduler.engines import CallableEngine
+from kapsl_scheduler.errors import Overloaded
 from kapsl_scheduler.packages import build_package
 from kapsl_scheduler.runtime.registry import ModelRegistry
 from kapsl_scheduler.server.http import HttpApi
@@ -182,6 +183,19 @@ async def test_a_start_goes_on_when_its_caller_goes_and_is_one_at_a_time(tmp_pat
         assert [model["name"] for model in await served.get("/models")] == ["digits", "other"]
         served.models.stop()
         assert_error(await served.post("/models/start", {"model_path": path}), 503, "unavailable")
+
+
+async def test_a_model_that_is_being_added_cannot_be_removed_or_loaded_a_second_time(tmp_path: Path) -> None:
+    build_package(DIGITS, tmp_path / "store.aimod", project_name="other")
+    async with serving(tmp_path, model_directories=(str(tmp_path),)) as served:
+        starting = asyncio.create_task(served.models.start(str(tmp_path / "store.aimod")))
+        await settled(lambda: "other" in served.models.ids.names())
+        assert "being loaded" in assert_error(await served.post("/models/1/remove"), 429, "overloaded")
+        with pytest.raises(Overloaded):
+            await served.models.reload("other")
+        assert await starting == "other"
+        assert (await served.post("/models/1/remove")).status_code == 200
+        assert "other" not in served.service.registry
 
 
 async def test_a_model_that_is_taken_out_is_stopping_until_its_work_has_ended(tmp_path: Path) -> None:

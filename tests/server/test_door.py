@@ -186,6 +186,45 @@ async def test_what_is_sent_ahead_is_answered_in_order() -> None:
         assert server.api.inference.service.in_flight == 0
 
 
+async def test_one_connection_holds_one_place_however_much_it_sends_ahead() -> None:
+    """And is read no further than a little ahead of its answers."""
+    made: list[Connection] = []
+    gate = Gate()
+    tiny = b"POST /v2/models/m/infer HTTP/1.1\r\n\r\n"
+    async with serving(gate, max_in_flight=2) as server:
+        service = server.api.inference.service
+        async with connected(server.api, made=made) as (_, reader, writer):
+            writer.write(infer())
+            await gate.entered.wait()
+            writer.write(tiny * 100)
+            await until_closed(lambda: len(made[0].pipeline) == 100)
+            assert (service.in_flight, made[0].flow.read_paused) == (1, True)
+            gate.open.set()
+            assert (await answer(reader))[0] == 200
+            assert [(await answer(reader))[0] for _ in range(80)] == [400] * 80
+            await until_closed(lambda: not made[0].pipeline)
+            assert not made[0].flow.read_paused
+        assert service.in_flight == 0
+
+
+async def test_a_long_body_that_is_sent_ahead_is_read_when_it_is_its_turn() -> None:
+    """It does not hold memory until then, and its client is not taken for one that stalls."""
+    made: list[Connection] = []
+    gate = Gate()
+    body = body_of((1, 2))[:-1] + b" " * (4 << 20) + b"}"
+    long = b"POST /v2/models/m/infer HTTP/1.1\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    async with serving(gate, max_body_bytes=8 << 20) as server, connected(server.api, made=made) as (_, reader, writer):
+        writer.write(infer())
+        await gate.entered.wait()
+        writer.write(long)
+        await until_closed(lambda: made[0].flow.read_paused)
+        assert made[0].cycle._size < 1 << 20
+        made[0]._moved -= 1001
+        made[0].close_if_stalled(1000.0)
+        gate.open.set()
+        assert [(await answer(reader))[0] for _ in range(2)] == [200, 200]
+
+
 async def test_an_error_is_answered_with_its_type_and_the_connection_goes_on() -> None:
     async with serving(max_body_bytes=1000) as server, connected(server.api) as (_, reader, writer):
         writer.write(infer(["x", 2]))

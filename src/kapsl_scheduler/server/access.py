@@ -209,7 +209,7 @@ class Hosts:
         if host is not None and not self._is_ours(host.decode("latin-1")):
             raise Forbidden(f"host: {host.decode('latin-1')!r} is not a name of this server; --allowed-hosts adds one")
         origin = headers.get(b"origin")
-        if origin is not None and not self._is_ours(urlsplit(origin.decode("latin-1")).netloc):
+        if origin is not None and not self._is_ours(origin.decode("latin-1").partition("://")[2]):
             raise Forbidden(f"origin: pages of {origin.decode('latin-1')!r} may not ask this server")
 
     def _is_ours(self, authority: str) -> bool:

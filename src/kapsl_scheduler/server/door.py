@@ -37,8 +37,10 @@ MAX_HEAD_BYTES: Final = 64 << 10
 it: without a bound one connection could fill the memory."""
 
 AHEAD: Final = 16
-"""Inference requests that may be sent ahead of an answer before the connection is read no further. While it is not
-read, it is not seen that its client has gone."""
+"""Requests sent ahead of an answer with which a connection is read no further, until some of them are answered. While
+it is not read, it is not seen that its client has gone."""
+AHEAD_BYTES: Final = 64 << 10
+"""The same for the body of one that is sent ahead."""
 
 _INFER: Final = re.compile(rb"/v2/models/([^/?#]+)(?:/versions/([^/?#]+))?/infer(?:[?#].*)?")
 _AT_ONCE: Final = (ResourceExhausted, Unauthorized, Forbidden)
@@ -105,18 +107,21 @@ class Connection(HttpToolsProtocol):
         self.cycle = exchange = _Exchange(self, inference, name, version, headers, keep_alive)  # type: ignore[assignment]
         if before is not None and not before.response_complete:
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
-            if len(self.pipeline) >= AHEAD:
-                self.flow.pause_reading()
+            self._read_no_further()
         else:
             exchange.its_turn()
+
+    def _read_no_further(self) -> None:
+        if len(self.pipeline) >= AHEAD:
+            self.flow.pause_reading()
 
     def on_body(self, body: bytes) -> None:
         self._unfinished = 0
         cycle: Any = self.cycle
-        if type(cycle) is _Exchange:
-            cycle.take(body)
-        else:
+        if type(cycle) is not _Exchange:
             super().on_body(body)
+        elif cycle.take(body) > AHEAD_BYTES and not cycle.is_next:
+            self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
         cycle: Any = self.cycle
@@ -142,7 +147,8 @@ class Connection(HttpToolsProtocol):
             its_turn = True
         else:
             cycle: Any = self.cycle
-            its_turn = cycle is None or self._unfinished > 0 or cycle.more_body
+            ahead = type(cycle) is _Exchange and not cycle.is_next
+            its_turn = not ahead and (cycle is None or self._unfinished > 0 or cycle.more_body)
         if its_turn and now - self._moved >= patience:
             self.transport.abort()
 
@@ -163,7 +169,9 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.running = None
+        self._moved = self.loop.time()  # whose turn is next may just have begun to be read
         super().on_response_complete()
+        self._read_no_further()  # uvicorn reads on after each answer
 
     def date_lines(self) -> bytes:
         """Headers of every answer, each with its end."""
@@ -189,26 +197,28 @@ class _Exchange:
     `response_complete`, sets `keep_alive` and `disconnected`, and sets the `message_event` of one whose connection is
     lost.
 
-    It is answered once its body is complete and it is its turn. Until then it is one of the service's requests in
-    flight: a client that is slow to send holds memory too.
+    It is answered once its body is complete and it is its turn. From its turn on it is one of the service's requests in
+    flight, also while its body comes: a client that is slow to send holds memory too. What waits for its turn is
+    bounded by what is read ahead.
     """
 
     __slots__ = (
         "_body",
         "_caller",
         "_came",
+        "_charged",
         "_complete",
         "_connection",
+        "_entered",
         "_headers",
         "_inference",
-        "_left",
         "_model",
         "_refused",
         "_size",
         "_task",
-        "_turn",
         "_version",
         "disconnected",
+        "is_next",
         "keep_alive",
         "message_event",
         "response_complete",
@@ -231,8 +241,9 @@ class _Exchange:
         self._body: list[bytes] = []
         self._size = 0
         self._complete = False
-        self._turn = False
-        self._left = False
+        self.is_next = False
+        self._entered = False
+        self._charged: Caller | None = None
         self._task: asyncio.Task[None] | None = None
         self._refused: EngineError | None = None
         self.keep_alive = keep_alive
@@ -244,16 +255,8 @@ class _Exchange:
         try:
             if inference.guard is not None:
                 self._caller = inference.guard.admit_inference(headers)
-                if self._caller is not None:
-                    self._caller.enter(monotonic())
-        except EngineError as error:
-            self._refused, self._caller, self._left = error, None, True
-            return
-        try:
-            inference.service.enter()
             check_size(int(headers.get(b"content-length", 0)), inference.max_body_bytes)
         except EngineError as error:
-            self._left = isinstance(error, Overloaded)
             self._refused = error
 
     @property
@@ -263,17 +266,26 @@ class _Exchange:
 
     def its_turn(self) -> None:
         """Its answer is the next on the connection."""
-        self._turn = True
+        self.is_next = True
         self._connection.running = self
+        if self._refused is None:
+            try:
+                if self._caller is not None:
+                    self._caller.enter(monotonic())
+                    self._charged = self._caller
+                self._inference.service.enter()
+                self._entered = True
+            except Overloaded as error:
+                self._refused = error
         if self._complete or isinstance(self._refused, _AT_ONCE):
             self._begin()
         elif self._headers.get(b"expect", b"").lower() == b"100-continue":
             self._connection.transport.write(_CONTINUE)
 
-    def take(self, piece: bytes) -> None:
-        """More of the body."""
+    def take(self, piece: bytes) -> int:
+        """More of the body. How much of it is held."""
         if self._refused is not None:
-            return
+            return 0
         self._size += len(piece)
         self._body.append(piece)
         if self._size > self._inference.max_body_bytes:
@@ -282,14 +294,15 @@ class _Exchange:
                 check_size(self._size, self._inference.max_body_bytes)
             except ResourceExhausted as error:
                 self._refused = error
-            if self._turn:
+            if self.is_next:
                 self._begin()
+        return self._size
 
     def complete(self) -> None:
         """The body is there."""
         if not self._complete:
             self._complete = True
-            if self._turn:
+            if self.is_next:
                 self._begin()
 
     def _begin(self) -> None:
@@ -351,11 +364,11 @@ class _Exchange:
             self._leave()
 
     def _leave(self) -> None:
-        if self._caller is not None:
-            self._caller.leave()
-            self._caller = None
-        if not self._left:
-            self._left = True
+        if self._charged is not None:
+            self._charged.leave()
+            self._charged = None
+        if self._entered:
+            self._entered = False
             self._inference.service.leave()
 
 

@@ -58,6 +58,22 @@ async def test_what_was_due_meanwhile_is_not_lost(instant: bool, caplog: pytest.
 
 @pytest.mark.parametrize("instant", [True, False])
 @virtual
+async def test_an_end_that_was_not_written_is_written_though_nothing_else_happens(instant: bool) -> None:
+    failing, target = Failing(), Target(seconds=1)
+    async with cron_over(target, store=FaultyStore(instant=instant, fails=failing)) as cron:
+        failing.work()
+        await cron.register(a_job(schedule=DAY))
+        await cron.trigger("job")
+        failing.fail()
+        await asyncio.sleep(1.1)
+        assert await counts(cron) == {"pending": 1}
+        failing.work()
+        await asyncio.sleep(2.5)
+        assert await counts(cron) == {"succeeded": 1}
+
+
+@pytest.mark.parametrize("instant", [True, False])
+@virtual
 async def test_calls_fail_at_once_and_change_nothing(instant: bool) -> None:
     failing = Failing()
     loop = asyncio.get_running_loop()

@@ -105,7 +105,7 @@ class Runs:
         for execution in self._of_job.get(run.job, ()) if run.state.open else ():
             if execution.run.key != run.key:
                 continue
-            if execution.task is None:
+            if execution.task is None and self.running >= self._most:
                 return run_view(msgspec.structs.replace(run, started=None, reason=WAITING))
             return run_view(execution.on(execution.run), execution.done)
         return run_view(run)
@@ -251,9 +251,8 @@ class Runs:
         if execution.discarded:
             return
         end = End(self, execution.run, after, execution.anchor)
-        if (
-            self._ready
-        ):  # of those that were dispatched together, the last should start before the first is written down
+        if self._ready:
+            # Of those that were dispatched together, the last should start before the first is written down.
             self._ledger.post(end)
         else:
             self._ledger.settle(end)

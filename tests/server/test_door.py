@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from kapsl_scheduler.server.door import MAX_HEAD_BYTES, Connection
 from tests.server.api import Gate, body_of, serving
 
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+CHUNKED = b"POST /v2/models/m/infer HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n"
 LINE = b"name: " + b"v" * 1000 + b"\r\n"
 TOO_MUCH = MAX_HEAD_BYTES + 1  # and not a byte more: what the server leaves unread resets the connection
 
@@ -44,12 +46,40 @@ class Application:
         await send({"type": "http.response.body", "body": body})
 
 
+class Wire(asyncio.Transport):
+    """The server's end of a connection, without a socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = b""
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.sent += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None:
+        """It is not read but by the test."""
+
+    def resume_reading(self) -> None:
+        """The same."""
+
+
+def config_of(application: Any) -> uvicorn.Config:
+    return uvicorn.Config(application, log_config=None, lifespan="off", ws="none")
+
+
 @asynccontextmanager
 async def connected(
     application: Any = None, most: int = 100, made: list[Connection] | None = None
 ) -> AsyncIterator[tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]]:
     application = application or Application()
-    config = uvicorn.Config(application, log_config=None, lifespan="off", ws="none")
+    config = config_of(application)
     state = ServerState()
     lost = asyncio.Event()
 
@@ -170,6 +200,53 @@ async def test_a_request_in_many_pieces_is_put_together() -> None:
             await writer.drain()
             await asyncio.sleep(0)
         assert (await answer(reader))[0] == 200
+
+
+async def test_a_head_that_came_before_is_not_read_again() -> None:
+    made: list[Connection] = []
+    async with serving() as server, connected(server.api, made=made) as (_, reader, writer):
+        for number in range(4):
+            writer.write(infer([number, 1]))
+            assert values((await answer(reader))[1]) == [number * 2, 2]
+            made[0].parser = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        infer([5, 6, 7, 8]),  # another length
+        infer([5, 6], b"x: y"),
+        infer([5, 6], b"x: z"),
+        infer([5, 6], path=b"/v2/models/n/infer"),
+        infer([5, 6], b"expect: 100-continue"),
+        CHUNKED + b"0\r\n\r\n",
+        b"GET /v2/health/live HTTP/1.1\r\n\r\n",
+        infer() + infer(),
+        infer() + b"GET /v2",
+        infer()[:-1],
+        infer()[:40],
+        b"no HTTP\r\n\r\n",
+    ],
+)
+async def test_what_a_connection_remembers_changes_no_answer(other: bytes) -> None:
+    """Between two requests that it remembers: the answers are those of connections that remember nothing."""
+    found = []
+    async with serving() as server:
+        for remembers in (True, False):
+            wire = Wire()
+            connection = Connection(server.api.inference, 100, config_of(server.api), ServerState(), {})
+            connection.connection_made(wire)
+            for piece in (infer(), infer([3, 4]), other, infer([3, 4]), infer()):
+                if not remembers:
+                    connection._known = None
+                if not wire.closed:
+                    connection.data_received(piece)
+                while connection.tasks:
+                    await asyncio.gather(*connection.tasks)
+            connection.connection_lost(None)
+            found.append((wire.closed, re.sub(rb"date: [^\r]*", b"", wire.sent)))
+    assert found[0] == found[1]
+    assert found[0][1].count(b"HTTP/1.1 200") >= 2
 
 
 async def test_what_is_sent_ahead_is_answered_in_order() -> None:
@@ -312,8 +389,6 @@ async def test_beyond_the_requests_in_flight_the_next_is_refused_and_its_connect
 
 # -------------------------------------------------------------------------------------- bounds of clients
 
-CHUNKED = b"POST /v2/models/m/infer HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n"
-
 
 async def test_connections_are_bounded() -> None:
     async with connected(most=0) as (_, reader, _writer):
@@ -352,10 +427,14 @@ async def test_a_client_that_waits_is_not_let_go() -> None:
         made[0].close_if_stalled(1000.0)
         gate.open.set()
         assert (await answer(reader))[0] == 200
-        made[0]._moved -= 1001
+        made[0]._moved = made[0].loop.time() - made[0].timeout_keep_alive + 1
         made[0].close_if_stalled(1000.0)
         writer.write(infer())
         assert (await answer(reader))[0] == 200
+        made[0]._moved = made[0].loop.time() - made[0].timeout_keep_alive - 1
+        made[0].close_if_stalled(1000.0)
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
 
 
 async def test_a_client_that_does_not_read_is_let_go_and_one_that_reads_slowly_is_not() -> None:

@@ -11,7 +11,7 @@ import asyncio
 import re
 from http import HTTPStatus
 from time import monotonic, perf_counter, perf_counter_ns
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -42,6 +42,9 @@ it is not read, it is not seen that its client has gone."""
 AHEAD_BYTES: Final = 64 << 10
 """The same for the body of one that is sent ahead."""
 
+KNOWN_HEAD_BYTES: Final = 2048
+"""How long a head may be that is remembered: most clients send the same one again and again."""
+
 _INFER: Final = re.compile(rb"/v2/models/([^/?#]+)(?:/versions/([^/?#]+))?/infer(?:[?#].*)?")
 _AT_ONCE: Final = (ResourceExhausted, Unauthorized, Forbidden)
 """Refusals for which the body is not waited for."""
@@ -51,10 +54,17 @@ _CLOSE: Final = b"connection: close\r\n"
 
 class Connection(HttpToolsProtocol):
     """Answers inference requests by `inference`. Refuses an endless head with 431, and connections beyond the `most`
-    at a time with 503; says what is no HTTP in JSON, as every other error."""
+    at a time with 503; says what is no HTTP in JSON, as every other error.
+
+    One that is idle after an inference is closed by `close_if_stalled`, which spares a timer for each request.
+    """
 
     _unfinished = 0
     """Bytes since a head was complete or a piece of a body came, where data is being received."""
+    _between = True
+    """Whether all messages that have begun are complete."""
+    _known: _Known | None = None
+    """The latest inference request that came in one piece."""
     _dates: tuple[Any, bytes] = (None, b"")
     """uvicorn's headers of every answer, of which the date changes each second, and the same as lines."""
 
@@ -73,13 +83,27 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._moved = self.loop.time()
+        known, before = self._known, self.cycle
+        begins = self._between and (before is None or before.response_complete)
+        if known is not None and begins and len(data) == known.size and data.startswith(known.text):
+            # Nothing that the parser could say of it is new.
+            self._unset_keepalive_if_required()
+            self.cycle = exchange = _Exchange(self, known.head)  # type: ignore[assignment]
+            exchange.take(data[len(known.text) :])
+            exchange.complete()
+            exchange.its_turn()
+            return
         self._unfinished += len(data)
         super().data_received(data)
+        cycle: Any = self.cycle
+        if begins and cycle is not before and self._between and type(cycle) is _Exchange:
+            self._known = _known(data, cycle.head)
         if self._unfinished > MAX_HEAD_BYTES and not self.transport.is_closing():
             message = f"the head of the request has more than {MAX_HEAD_BYTES} bytes"
             self._end(error_body(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message, "head_too_large"))
 
     def on_message_begin(self) -> None:
+        self._between = False
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
@@ -102,9 +126,9 @@ class Connection(HttpToolsProtocol):
 
     def _begin_inference(self, inference: Inference, name: bytes, version: bytes | None) -> None:
         before = self.cycle
-        headers = dict(self.headers)
         keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
-        self.cycle = exchange = _Exchange(self, inference, name, version, headers, keep_alive)  # type: ignore[assignment]
+        head = _Head(inference, name, version, dict(self.headers), keep_alive)
+        self.cycle = exchange = _Exchange(self, head)  # type: ignore[assignment]
         if before is not None and not before.response_complete:
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
             self._read_no_further()
@@ -124,6 +148,7 @@ class Connection(HttpToolsProtocol):
             self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
+        self._between = True
         cycle: Any = self.cycle
         if type(cycle) is _Exchange:
             cycle.complete()
@@ -138,7 +163,8 @@ class Connection(HttpToolsProtocol):
             super()._start_asgi_task(cycle, app)
 
     def close_if_stalled(self, patience: float) -> None:
-        """Let go of a client that has not sent or taken a byte for so many seconds, though it is its turn."""
+        """Let go of a client that has not sent or taken a byte for so many seconds, though it is its turn; and of one
+        that has had its answers and has not asked again in the time that uvicorn gives it."""
         now = self.loop.time()
         if self.flow.write_paused:
             unsent = self.transport.get_write_buffer_size()
@@ -149,6 +175,8 @@ class Connection(HttpToolsProtocol):
             cycle: Any = self.cycle
             ahead = type(cycle) is _Exchange and not cycle.is_next
             its_turn = not ahead and (cycle is None or self._unfinished > 0 or cycle.more_body)
+            if cycle is not None and cycle.response_complete and self._between:
+                its_turn, patience = True, self.timeout_keep_alive
         if its_turn and now - self._moved >= patience:
             self.transport.abort()
 
@@ -168,10 +196,19 @@ class Connection(HttpToolsProtocol):
             self.cycle = None  # type: ignore[assignment]
 
     def on_response_complete(self) -> None:
-        self.running = None
-        self._moved = self.loop.time()  # whose turn is next may just have begun to be read
+        """What uvicorn calls when it has answered."""
         super().on_response_complete()
         self._read_no_further()  # uvicorn reads on after each answer
+
+    def on_answer(self) -> None:
+        """The same when an inference is answered."""
+        self.running = None
+        if self.pipeline:
+            self._moved = self.loop.time()  # what is next may not have been read for a while
+            self.on_response_complete()
+        elif not self.transport.is_closing():
+            self.server_state.total_requests += 1
+            self.flow.resume_reading()
 
     def date_lines(self) -> bytes:
         """Headers of every answer, each with its end."""
@@ -192,6 +229,52 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
 
+class _Head:
+    """The head of an inference request, understood: for which model, from whom, and why it is refused, if it is."""
+
+    __slots__ = ("caller", "headers", "inference", "keep_alive", "name", "refused", "version")
+
+    def __init__(
+        self, inference: Inference, name: bytes, version: bytes | None, headers: dict[bytes, bytes], keep_alive: bool
+    ) -> None:
+        self.inference = inference
+        self.name, self.version = _text(name), "" if version is None else _text(version)
+        self.headers = headers
+        self.keep_alive = keep_alive
+        self.caller: Caller | None = None
+        self.refused: EngineError | None = None
+        try:
+            if inference.guard is not None:
+                self.caller = inference.guard.admit_inference(headers)
+            check_size(int(headers.get(b"content-length", 0)), inference.max_body_bytes)
+        except EngineError as error:
+            self.refused = error
+
+
+class _Known(NamedTuple):
+    """A head as it came, and the length of the whole request."""
+
+    text: bytes
+    size: int
+    head: _Head
+
+
+def _known(data: bytes, head: _Head) -> _Known | None:
+    """What is worth knowing of a request that came in one piece and whose body has a length."""
+    end = data.find(b"\r\n\r\n") + 4
+    length = head.headers.get(b"content-length")
+    if (
+        end > KNOWN_HEAD_BYTES
+        or head.refused is not None
+        or b"expect" in head.headers
+        or b"transfer-encoding" in head.headers
+        or length is None
+        or end + int(length) != len(data)
+    ):
+        return None
+    return _Known(data[:end], len(data), head)
+
+
 class _Exchange:
     """An inference request and its answer, where uvicorn has a cycle of its application: uvicorn reads
     `response_complete`, sets `keep_alive` and `disconnected`, and sets the `message_event` of one whose connection is
@@ -204,40 +287,25 @@ class _Exchange:
 
     __slots__ = (
         "_body",
-        "_caller",
         "_came",
         "_charged",
         "_complete",
         "_connection",
         "_entered",
-        "_headers",
-        "_inference",
-        "_model",
         "_refused",
         "_size",
         "_task",
-        "_version",
         "disconnected",
+        "head",
         "is_next",
         "keep_alive",
         "message_event",
         "response_complete",
     )
 
-    def __init__(
-        self,
-        connection: Connection,
-        inference: Inference,
-        model: bytes,
-        version: bytes | None,
-        headers: dict[bytes, bytes],
-        keep_alive: bool,
-    ) -> None:
+    def __init__(self, connection: Connection, head: _Head) -> None:
         self._connection = connection
-        self._inference = inference
-        self._model = model
-        self._version = version
-        self._headers = headers
+        self.head = head
         self._body: list[bytes] = []
         self._size = 0
         self._complete = False
@@ -245,19 +313,12 @@ class _Exchange:
         self._entered = False
         self._charged: Caller | None = None
         self._task: asyncio.Task[None] | None = None
-        self._refused: EngineError | None = None
-        self.keep_alive = keep_alive
+        self._refused = head.refused
+        self.keep_alive = head.keep_alive
         self.disconnected = False
         self.response_complete = False
         self.message_event = self
-        self._caller: Caller | None = None
         self._came = perf_counter()
-        try:
-            if inference.guard is not None:
-                self._caller = inference.guard.admit_inference(headers)
-            check_size(int(headers.get(b"content-length", 0)), inference.max_body_bytes)
-        except EngineError as error:
-            self._refused = error
 
     @property
     def more_body(self) -> bool:
@@ -270,16 +331,16 @@ class _Exchange:
         self._connection.running = self
         if self._refused is None:
             try:
-                if self._caller is not None:
-                    self._caller.enter(monotonic())
-                    self._charged = self._caller
-                self._inference.service.enter()
+                if (caller := self.head.caller) is not None:
+                    caller.enter(monotonic())
+                    self._charged = caller
+                self.head.inference.service.enter()
                 self._entered = True
             except Overloaded as error:
                 self._refused = error
         if self._complete or isinstance(self._refused, _AT_ONCE):
             self._begin()
-        elif self._headers.get(b"expect", b"").lower() == b"100-continue":
+        elif self.head.headers.get(b"expect", b"").lower() == b"100-continue":
             self._connection.transport.write(_CONTINUE)
 
     def take(self, piece: bytes) -> int:
@@ -288,10 +349,10 @@ class _Exchange:
             return 0
         self._size += len(piece)
         self._body.append(piece)
-        if self._size > self._inference.max_body_bytes:
+        if self._size > self.head.inference.max_body_bytes:
             self._body.clear()
             try:
-                check_size(self._size, self._inference.max_body_bytes)
+                check_size(self._size, self.head.inference.max_body_bytes)
             except ResourceExhausted as error:
                 self._refused = error
             if self.is_next:
@@ -324,9 +385,10 @@ class _Exchange:
                 self.keep_alive = False
             lines = connection.date_lines()
             connection.transport.write(answer.head(lines if self.keep_alive else lines + _CLOSE) + answer.body)
-            if self._inference.access_log:
-                who = "" if self._caller is None else self._caller.token.name
-                log_request(ACCESS, who, "POST", f"/v2/models/{_text(self._model)}/infer", answer.status, self._came)
+            head = self.head
+            if head.inference.access_log:
+                who = "" if head.caller is None else head.caller.token.name
+                log_request(ACCESS, who, "POST", f"/v2/models/{head.name}/infer", answer.status, self._came)
         except asyncio.CancelledError:
             if not self.disconnected:  # the server ends
                 connection.transport.close()
@@ -335,17 +397,17 @@ class _Exchange:
         self.response_complete = True
         if not self.keep_alive:
             connection.transport.close()
-        connection.on_response_complete()
+        connection.on_answer()
 
     async def _made(self) -> Answer:
-        name, version = _text(self._model), "" if self._version is None else _text(self._version)
-        figures = self._inference.service.figures
+        head = self.head
+        name, version, figures = head.name, head.version, head.inference.service.figures
         if self._refused is not None:
             figures(name, version).failed(perf_counter_ns(), self._refused)
             return error_answer(self._refused)
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         try:
-            return await self._inference.answer(name, version, self._headers, body)
+            return await head.inference.answer(name, version, head.headers, body)
         except asyncio.CancelledError:
             gone = Cancelled("the client went away before its answer was ready")
             figures(name, version).failed(perf_counter_ns(), gone)
@@ -369,7 +431,7 @@ class _Exchange:
             self._charged = None
         if self._entered:
             self._entered = False
-            self._inference.service.leave()
+            self.head.inference.service.leave()
 
 
 def _text(raw: bytes) -> str:

@@ -14,6 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from types import GenericAlias
 from typing import Annotated, Any, Final
 
@@ -21,7 +22,15 @@ import msgspec
 import numpy as np
 
 from kapsl_scheduler.errors import InferenceError, InvalidInput
-from kapsl_scheduler.server.oip_raw import CANONICAL, RawBytes, decode_raw, decode_strings, encode_raw
+from kapsl_scheduler.server.oip_raw import (
+    CANONICAL,
+    RawBytes,
+    RawTensor,
+    decode_raw,
+    decode_strings,
+    encode_raw,
+    raw_tensor,
+)
 from kapsl_scheduler.types import (
     Array,
     InferenceRequest,
@@ -241,12 +250,13 @@ def decode_request(
             raise InvalidInput(f"inference-header-content-length: {header_length} came, the body has {len(body)} bytes")
         if header_length == 0:
             return InferCall(InferenceRequest(_lone_input(body, model)), binary=True)
+        if header_length <= _KNOWN_BYTES:
+            layout = _raw_layout(bytes(body[:header_length]))
+            if layout is not None and layout.size == len(body) - header_length:
+                return layout.read(body, header_length)
         raw = RawBytes(body, header_length)
         body = memoryview(body)[:header_length]
-    try:
-        wire = _REQUEST.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"the request body is not an inference request: {error}") from None
+    wire = _read(body)
     inputs: dict[str, Array] = {}
     faults = []
     for tensor in wire.inputs:
@@ -260,6 +270,18 @@ def decode_request(
         faults.append(f"{raw.left} bytes came behind the last tensor, expected none")
     if faults:
         raise InvalidInput("; ".join(faults))
+    return _call(wire, inputs)
+
+
+def _read(body: bytes | bytearray | memoryview) -> _WireRequest:
+    try:
+        return _REQUEST.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"the request body is not an inference request: {error}") from None
+
+
+def _call(wire: _WireRequest, inputs: dict[str, Array]) -> InferCall:
+    """What was asked, with its tensors as they were read."""
     call = InferCall(InferenceRequest(inputs), wire.id or "")
     if wire.parameters is not None:
         call.priority = priority_from_oip(wire.parameters.priority)
@@ -270,6 +292,54 @@ def decode_request(
     if wire.outputs:
         _ask_for(call, wire.outputs)
     return call
+
+
+class _RawLayout:
+    """What the JSON of a request says whose tensors are all numbers as bytes, `size` of them: where each lies behind
+    it, and what was asked. Clients send the same JSON again and again."""
+
+    __slots__ = ("_call", "_tensors", "size")
+
+    def __init__(self, call: InferCall, tensors: Sequence[RawTensor]) -> None:
+        self._call = call
+        self._tensors = tensors
+        self.size = sum(tensor.size for tensor in tensors)
+
+    def read(self, body: bytes | bytearray | memoryview, start: int) -> InferCall:
+        """The call whose tensors begin at `start` of a body. They are views of it, which nobody can write to."""
+        inputs: dict[str, Array] = {}
+        for tensor in self._tensors:
+            inputs[tensor.name] = tensor.view(body, start)
+            start += tensor.size
+        asked = self._call
+        request = InferenceRequest(inputs, session_id=asked.request.session_id)
+        return InferCall(request, asked.id, asked.priority, asked.timeout, asked.outputs, asked.binary)
+
+
+_KNOWN_BYTES: Final = 2048
+"""Of JSON that is remembered, of so many requests:"""
+_KNOWN_LAYOUTS: Final = 256
+
+
+@lru_cache(_KNOWN_LAYOUTS)
+def _raw_layout(header: bytes) -> _RawLayout | None:
+    """None for JSON that is to be read the long way, which also says what is wrong with it."""
+    try:
+        wire = _read(header)
+        tensors = [
+            raw_tensor(tensor.name, tensor.datatype, tensor.shape, tensor.parameters.binary_data_size)
+            for tensor in wire.inputs
+            if tensor.parameters is not None
+            and tensor.parameters.binary_data_size is not None
+            and tensor.parameters.shared_memory_region is None
+            and not bytes(tensor.data)
+        ]
+        call = _call(wire, {})
+    except InvalidInput:
+        return None
+    if len({tensor.name for tensor in tensors if tensor is not None}) < len(wire.inputs):
+        return None
+    return _RawLayout(call, [tensor for tensor in tensors if tensor is not None])
 
 
 def _ask_for(call: InferCall, wanted: Sequence[_WireRequestedOutput]) -> None:
@@ -464,17 +534,37 @@ def encode_reply(model: ModelInfo, name: str, outputs: Tensors, call: InferCall)
     binary = call.binary
     if not binary:
         return _ENCODER.encode(_WireReply(name, model.version, call.id, _encode_tensors(chosen))), None
-    tensors: list[Any] = []
     raws: list[bytes] = []
+    if binary is True and not call.id:
+        described = []
+        for output, array in chosen:
+            raws.append(encode_raw(array))
+            described.append((output, array.shape, array.dtype, len(raws[-1])))
+        header = _raw_header(name, model.version, tuple(described))
+        return b"".join((header, *raws)), len(header)
+    tensors: list[Any] = []
     for output, array in chosen:
         if binary is True or output in binary:
             raws.append(encode_raw(array))
-            datatype = _DATATYPE_OF_DTYPE.get(array.dtype) or datatype_of(dtype_name(array.dtype))
-            tensors.append(_WireRawTensor(output, array.shape, datatype, _WireSize(len(raws[-1]))))
+            tensors.append(_described(output, array.shape, array.dtype, len(raws[-1])))
         else:
             tensors.append(_encode_tensor(output, array))
     header = _ENCODER.encode(_WireReply(name, model.version, call.id, tensors))
     return b"".join((header, *raws)), len(header)
+
+
+@lru_cache(_KNOWN_LAYOUTS)
+def _raw_header(name: str, version: str, tensors: tuple[tuple[str, tuple[int, ...], Any, int], ...]) -> bytes:
+    """The JSON of an answer to a call without an id, all of whose tensors follow as bytes."""
+    return _ENCODER.encode(_WireReply(name, version, "", [_described(*tensor) for tensor in tensors]))
+
+
+def _described(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> _WireRawTensor:
+    return _WireRawTensor(name, shape, _datatype(dtype), _WireSize(size))
+
+
+def _datatype(dtype: np.dtype[Any]) -> str:
+    return _DATATYPE_OF_DTYPE.get(dtype) or datatype_of(dtype_name(dtype))
 
 
 def decode_reply(body: bytes, header_length: int | None = None) -> InferReply:
@@ -516,5 +606,4 @@ def _encode_tensor(name: str, array: Array) -> _WireTensor:
         except UnicodeDecodeError:
             message = f"tensor {name!r} holds bytes that are not UTF-8, which JSON cannot carry"
             raise InferenceError(message) from None
-    datatype = _DATATYPE_OF_DTYPE.get(array.dtype) or datatype_of(dtype_name(array.dtype))
-    return _WireTensor(name, list(array.shape), datatype, data)
+    return _WireTensor(name, list(array.shape), _datatype(array.dtype), data)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from kapsl_scheduler.errors import InvalidInput
 from kapsl_scheduler.types import Array, numpy_dtype
 
-__all__ = ["CANONICAL", "RawBytes", "decode_raw", "decode_strings", "encode_raw"]
+__all__ = ["CANONICAL", "RawBytes", "RawTensor", "decode_raw", "decode_strings", "encode_raw", "raw_tensor"]
 
 CANONICAL: Final[Mapping[str, str]] = {
     "BOOL": "bool",
@@ -77,6 +77,28 @@ def decode_raw(datatype: str, shape: Sequence[int], raw: bytes | memoryview, whe
         return array.reshape(shape)
     except (ValueError, OverflowError):
         raise InvalidInput(f"{where}: shape {list(shape)} is beyond what an array can have") from None
+
+
+class RawTensor(NamedTuple):
+    """Where numbers lie: `size` bytes of them, of which any are valid."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    size: int
+
+    def view(self, body: bytes | bytearray | memoryview, start: int) -> Array:
+        """The tensor that begins at `start` of a body."""
+        array: Array = np.ndarray(self.shape, self.dtype, body, start)
+        return array if array.flags.aligned else array.copy()  # engines read it as it is
+
+
+def raw_tensor(name: str, datatype: str, shape: Sequence[int], size: int) -> RawTensor | None:
+    """None for a tensor whose bytes have to be looked at (texts, BOOL), that is empty, or that has not `size` bytes."""
+    dtype = _DTYPES.get(datatype)
+    if dtype is None or dtype.kind in "Ob" or not size or math.prod(shape) * dtype.itemsize != size:
+        return None
+    return RawTensor(name, dtype, tuple(shape), size)
 
 
 def decode_strings(raw: bytes | bytearray | memoryview, where: str) -> Array:

@@ -1,4 +1,4 @@
-"""Tensors as bytes behind the JSON of a request and of an answer: the binary extension of the Open Inference Protocol."""
+"""Tensors as bytes behind the JSON: the binary extension of the Open Inference Protocol."""
 
 from __future__ import annotations
 

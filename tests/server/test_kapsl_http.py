@@ -233,7 +233,7 @@ async def test_a_model_over_several_devices_is_not_offered(tmp_path: Path, asked
     async with serving(tmp_path) as served:
         body = {"model_path": str(tmp_path / "digits.aimod"), **asked}
         assert "a model runs on one device" in assert_error(
-            await served.post("/models/start", body), 501, "not_offered"
+            await served.post("/models/start", body), 400, "invalid_input"
         )
 
 
@@ -244,7 +244,7 @@ async def test_scaling_is_shown_as_it_is_and_cannot_be_set_to_what_is_not_there(
 
         policy = {"min_replicas": 1, "max_replicas": 4, "target_queue_depth": 5, "scale_down_threshold": 2}
         refused = await served.post("/models/0/scaling", policy)
-        assert "there is one replica of each model" in assert_error(refused, 501, "not_offered")
+        assert "there is one replica of each model" in assert_error(refused, 400, "invalid_input")
         kept = await served.post("/models/0/scaling", {**policy, "max_replicas": 1})
         assert (kept.status_code, kept.json()) == (200, as_it_is)
         for wrong, fault in (

@@ -173,6 +173,7 @@ _ROLES: Final[tuple[tuple[frozenset[str], re.Pattern[str], Role | None], ...]] =
     for methods, path, role in (
         ("", r"/v2/health/", None),
         ("", r"/api/health$", None),
+        ("GET", r"/openapi\.json$", None),
         ("", r"/metrics", Role.ADMIN),
         ("", r"/debug", Role.ADMIN),
         ("POST", r"/v2/models/[^/]+(/versions/[^/]+)?/(infer|generate|generate_stream)$", Role.READER),

@@ -24,6 +24,7 @@ from kapsl_scheduler.server.answers import error_answer, error_body, response_of
 from kapsl_scheduler.server.inference import Inference
 from kapsl_scheduler.server.journal import ACCESS, AUDIT, log_request
 from kapsl_scheduler.server.metrics import Metrics
+from kapsl_scheduler.server.openapi import Document
 from kapsl_scheduler.server.service import Service
 
 __all__ = ["HttpApi", "Part"]
@@ -68,6 +69,7 @@ class HttpApi:
         ]
         for part in parts:
             routes += part.routes()
+        routes.append(Route("/openapi.json", Document(service.version, routes, service.registry).answer))
         self._routes = Starlette(
             routes=routes,
             exception_handlers={

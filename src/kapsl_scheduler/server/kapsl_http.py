@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Route
 
 from kapsl_scheduler.core.wire import WireTensor, decode_tensor
 from kapsl_scheduler.errors import EngineError, InvalidInput, ModelNotLoaded
-from kapsl_scheduler.server.answers import JSON, error_body, json_response, response_of
+from kapsl_scheduler.server.answers import JSON, json_response
 from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, read_body
 from kapsl_scheduler.server.kapsl_call import Answered, KapslRequest, Metadata, answer_of, call_of, model_of
 from kapsl_scheduler.server.model_ids import MAX_ID, ModelIds
@@ -160,7 +160,7 @@ class KapslApi:
     async def _start(self, request: Request) -> Response:
         asked = await _read(request, _Start, "a start")
         if asked.topology != "data-parallel" or asked.tp_degree != 1:
-            return _not_offered(
+            raise InvalidInput(
                 f"topology, tp_degree: {asked.topology!r} over {asked.tp_degree} came; a model runs on one device: "
                 "'data-parallel' over 1"
             )
@@ -191,7 +191,7 @@ class KapslApi:
                 f"{asked.target_queue_depth}"
             )
         if asked.max_replicas > 1:
-            return _not_offered(f"max_replicas: {asked.max_replicas} came; there is one replica of each model")
+            raise InvalidInput(f"max_replicas: {asked.max_replicas} came; there is one replica of each model")
         return json_response(_AS_IT_IS)
 
     # --------------------------------------------------------------------------------------------- inference
@@ -283,10 +283,6 @@ def _encoded(answer: Answered) -> bytes:
 
 
 _INFER: Final = msgspec.json.Decoder(_Infer)
-
-
-def _not_offered(message: str) -> Response:
-    return response_of(error_body(501, message, "not_offered"))
 
 
 def _memory() -> int | None:

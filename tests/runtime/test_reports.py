@@ -56,6 +56,26 @@ async def test_statistics_are_the_books_and_the_load() -> None:
 
 
 @virtual
+async def test_latencies_between_two_moments_are_the_difference_of_their_counts() -> None:
+    async with virtual_scheduler(slow()) as scheduler:
+        await scheduler.infer(numbered(0))
+        before = scheduler.latency_counts()
+        await scheduler.infer(numbered(1))
+        await scheduler.infer(numbered(2), priority=Priority.THROUGHPUT)
+        after = scheduler.latency_counts()
+    new = {
+        name: [now - then for now, then in zip(after[name], before[name], strict=True)]
+        for name in ("latency_critical", "throughput", "background")
+    }
+    assert {name: sum(counts) for name, counts in new.items()} == {
+        "latency_critical": 1,
+        "throughput": 1,
+        "background": 0,
+    }
+    assert BOUNDS[new["throughput"].index(1)] == pytest.approx(CALL, rel=0.2)
+
+
+@virtual
 async def test_statistics_can_be_sent_anywhere() -> None:
     async with virtual_scheduler(slow()) as scheduler:
         await scheduler.infer(numbered(1))

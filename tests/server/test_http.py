@@ -470,3 +470,15 @@ async def test_answers_to_a_name_that_was_not_loaded_are_not_counted() -> None:
         stats = (await server.client.get("/v2/models/later/stats")).json()["model_stats"][0]
 
     assert stats["answers"] == {}
+
+
+async def test_an_answer_says_how_it_came_about_to_who_asks() -> None:
+    async with serving() as server:
+        silent = await server.infer()
+        body = {"inputs": [{"name": "x", "shape": [3, 2], "datatype": "FP32", "data": [1] * 6}]}
+        asked = await server.client.post("/v2/models/m/infer", json=body, headers={"kapsl-timing": "1"})
+
+    assert not [name for name in silent.headers if name.startswith("kapsl-")]
+    assert asked.headers["kapsl-batch-rows"] == "3"
+    assert 0 <= int(asked.headers["kapsl-queue-time-us"]) < 1e6
+    assert 0 <= int(asked.headers["kapsl-compute-time-us"]) < 1e6

@@ -7,7 +7,7 @@ is not here: files, engines, protocols.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -25,6 +25,8 @@ Source = TypeVar("Source")
 class _Health(Protocol):
     @property
     def ready(self) -> bool: ...
+    @property
+    def status(self) -> str: ...
 
 
 class ModelScheduler(ReplicaScheduler, Protocol):
@@ -32,6 +34,7 @@ class ModelScheduler(ReplicaScheduler, Protocol):
 
     def health(self) -> _Health: ...
     def statistics(self) -> Any: ...
+    def latency_counts(self) -> Mapping[str, list[int]]: ...
 
 
 class ServedModel(msgspec.Struct, frozen=True):

@@ -472,6 +472,14 @@ class Scheduler:
         self._let_in()
         return report(self._books, self._dispatches())
 
+    def latency_counts(self) -> dict[str, list[int]]:
+        """How many answers of each class took how long from arrival, by the buckets of `runtime.metrics.BOUNDS`. The
+        difference between two moments says what was seen between them."""
+        return {
+            priority.name.lower(): books.latency.counts
+            for priority, books in zip(Priority, self._books.classes, strict=True)
+        }
+
     def metrics(self) -> EngineMetrics:
         """What the engines have done, all together."""
         every = [state.engine.metrics() for dispatch in self._dispatches() for state in dispatch.engines]

@@ -23,7 +23,7 @@ from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed
 from kapsl_scheduler.server.oip import InferCall, decode_request, encode_reply
 from kapsl_scheduler.server.presence import while_connected
 from kapsl_scheduler.server.service import Service
-from kapsl_scheduler.types import Array, ModelInfo
+from kapsl_scheduler.types import Array, InferenceResponse, ModelInfo
 
 __all__ = ["Inference"]
 
@@ -33,6 +33,8 @@ LONG_ANSWER: Final = 32 << 10
 """Values of an answer whose JSON takes more than a few milliseconds."""
 
 _HEADER_LENGTH: Final = b"inference-header-content-length"
+_TIMING: Final = b"kapsl-timing"
+"""The header of a request that asks how its answer came about."""
 
 
 class Inference:
@@ -67,6 +69,8 @@ class Inference:
             response = await service.infer(model, call)
             done = perf_counter_ns()
             answer = await _written(model.info, name, response.outputs, call)
+            if _TIMING in headers:
+                answer.headers += _timing(response)
             if b"accept-encoding" in headers:
                 answer = await compressed(answer, headers[b"accept-encoding"])
         except EngineError as error:
@@ -111,6 +115,14 @@ def _length(text: bytes) -> int:
         return int(text)
     raise InvalidInput(
         f"{_HEADER_LENGTH.decode()}: expected the number of bytes of JSON, got {text.decode('latin-1')!r}"
+    )
+
+
+def _timing(response: InferenceResponse) -> tuple[tuple[str, str], ...]:
+    return (
+        ("kapsl-batch-rows", str(response.batch_rows)),
+        ("kapsl-queue-time-us", f"{response.queue_time * 1e6:.0f}"),
+        ("kapsl-compute-time-us", f"{response.compute_time * 1e6:.0f}"),
     )
 
 

@@ -31,6 +31,8 @@ from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
 from kapsl_scheduler.runtime.registry import ModelRegistry
 from kapsl_scheduler.server.access import Access, Guard, Hosts
 from kapsl_scheduler.server.cron import NO_JOBS, CronApi
+from kapsl_scheduler.server.dashboard.live import Live
+from kapsl_scheduler.server.dashboard.pages import Pages
 from kapsl_scheduler.server.door import Connection
 from kapsl_scheduler.server.generate import GenerateApi
 from kapsl_scheduler.server.http import HttpApi, Part
@@ -106,6 +108,8 @@ async def serve_http(
     ]
     if cron is not None:
         parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
+    pages = Pages()
+    parts += [pages, Live(service, cron, pages=pages.digest)]
     metrics = Metrics(service.version, cron)
     settings = config.server
     access = Access(config.tokens) if config.tokens else None

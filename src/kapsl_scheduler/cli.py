@@ -178,6 +178,7 @@ def _announce(listening: Listening) -> None:
     click.echo(f"listening on {listening.url} with {', '.join(listening.models)}")
     if listening.sockets:
         click.echo(f"for Kapsl clients on {', '.join(listening.sockets)}")
+    click.echo(f"dashboard at {listening.url}/")
 
 
 # ------------------------------------------------------------------------------------------ infer, models

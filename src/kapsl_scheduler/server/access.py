@@ -174,6 +174,9 @@ _ROLES: Final[tuple[tuple[frozenset[str], re.Pattern[str], Role | None], ...]] =
         ("", r"/v2/health/", None),
         ("", r"/api/health$", None),
         ("GET", r"/openapi\.json$", None),
+        # The dashboard's pages and their files, which hold no data.
+        ("GET HEAD", r"/((models|jobs|runs)(/.*)?|events)?$", None),
+        ("GET HEAD", r"/dashboard/static/", None),
         ("", r"/metrics", Role.ADMIN),
         ("", r"/debug", Role.ADMIN),
         ("POST", r"/v2/models/[^/]+(/versions/[^/]+)?/(infer|generate|generate_stream)$", Role.READER),

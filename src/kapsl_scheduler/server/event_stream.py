@@ -16,12 +16,20 @@ from starlette.types import Receive, Scope, Send
 from kapsl_scheduler.errors import Overloaded
 from kapsl_scheduler.runtime.cron_views import CronEvent
 
-__all__ = ["EventStreams"]
+__all__ = ["EventStreams", "shown"]
 
 MOST: Final = 100
 """Listeners at a time: each keeps a connection and up to a thousand events."""
 KEEP_ALIVE: Final = 15.0
 """Seconds without an event after which a comment is sent, so that nothing between takes the connection for dead."""
+
+
+def shown(event: CronEvent) -> dict[str, Any]:
+    """An event as it is told."""
+    values = msgspec.structs.asdict(event)
+    if event.run is not None:
+        values["run"] = msgspec.structs.asdict(event.run)  # with the fields that are as usual, too
+    return values
 
 
 class EventStreams:
@@ -58,10 +66,8 @@ class EventStreams:
                 if event is None:
                     await _send(send, b"", more=False)
                     return
-                shown = msgspec.structs.asdict(event)
-                if event.run is not None:
-                    shown["run"] = msgspec.structs.asdict(event.run)  # with the fields that are as usual, too
-                await _send(send, b"event: %b\ndata: %b\n\n" % (event.kind.encode(), msgspec.json.encode(shown)))
+                data = msgspec.json.encode(shown(event))
+                await _send(send, b"event: %b\ndata: %b\n\n" % (event.kind.encode(), data))
         finally:
             self._open -= 1
             gone.cancel()

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SECONDS ?= 20
 
-.PHONY: demo serve test check fmt stress bench clean
+.PHONY: demo serve test check fmt stress screenshots bench clean
 
 demo: $(VENV)/.run  ## the digits model over HTTP, live and throughput traffic at once
 	$(BIN)/kapsl-scheduler demo --seconds $(SECONDS)
@@ -27,6 +27,9 @@ fmt: $(VENV)/.dev
 
 stress: $(VENV)/.dev  ## 100,000 simulated arrivals and many more examples for each property
 	KAPSL_STRESS=1 HYPOTHESIS_PROFILE=stress $(BIN)/python -m pytest tests/core tests/sim --timeout 3600
+
+screenshots: $(VENV)/.dev  ## pictures of the dashboard, on a desk and on a phone, light and dark: build/screenshots
+	$(BIN)/python -m pytest tests/e2e/test_dashboard.py -k every_view
 
 bench: $(VENV)/.bench  ## speed against the engine and against other batchers; see docs/benchmarks.md
 	$(BIN)/python -m benchmarks all --peers

@@ -173,12 +173,11 @@ async def serve_http(
         await registry.close(0)
 
 
-def _guard(settings: ServerSettings, access: Access | None) -> Guard | None:
-    """What stands before the routes, if anything does."""
-    hosts = None
-    if settings.allowed_hosts or is_loopback(settings.host):
-        hosts = Hosts(("localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts))
-    return None if access is None and hosts is None else Guard(access, hosts)
+def _guard(settings: ServerSettings, access: Access | None) -> Guard:
+    """What stands before the routes."""
+    named = bool(settings.allowed_hosts) or is_loopback(settings.host)
+    own = ("localhost", "127.0.0.1", "::1", settings.host) if named else None  # by which it is reached from elsewhere
+    return Guard(access, Hosts(own, settings.allowed_hosts))
 
 
 def tls_options(settings: ServerSettings) -> dict[str, Any]:

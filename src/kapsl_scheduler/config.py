@@ -62,9 +62,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     port 0 lets the system choose; `max_in_flight` bounds the inference requests of all models together.
 
     `tokens` is a file of those who may ask (`server.access`); without any, everybody who reaches the server may.
-    `allowed_hosts` are names under which it is reached beside loopback's. `tls_cert` and `tls_key` (PEM files) make it
-    HTTPS, `tls_client_ca` has clients show a certificate of that authority. A client that neither sends nor takes a
-    byte for `client_patience` seconds in the middle of a request loses its connection.
+    `allowed_hosts` are names under which it is reached beside loopback's, and whose pages may ask. `tls_cert` and
+    `tls_key` (PEM files) make it HTTPS, `tls_client_ca` has clients show a certificate of that authority. A client that
+    neither sends nor takes a byte for `client_patience` seconds in the middle of a request loses its connection.
 
     `socket` is the path of the Kapsl socket, None: `kapsl.sock` in the temp directory, unless another server has that;
     a `socket_port` has it on TCP as well. `model_ids` are the numbers of models, which it asks for.

@@ -252,7 +252,10 @@ async def test_who_may_not_ask_is_told_before_the_body_is_there() -> None:
         ({b"host": b"localhost@evil.example"}, False),
         ({b"host": b"["}, False),
         ({b"host": b""}, False),
-        ({b"host": b"localhost", b"origin": b"http://localhost:3000"}, True),
+        ({b"host": b"localhost:3000", b"origin": b"http://LOCALHOST:3000"}, True),
+        ({b"host": b"localhost:8080", b"origin": b"http://localhost:3000"}, False),  # another program's
+        ({b"host": b"localhost:8080", b"origin": b"https://front.example"}, True),
+        ({b"origin": b"http://localhost:8080"}, False),
         ({b"host": b"localhost", b"origin": b"https://evil.example"}, False),
         ({b"host": b"localhost", b"origin": b"null"}, False),
         ({b"host": b"localhost", b"origin": b"http://[localhost"}, False),
@@ -260,12 +263,20 @@ async def test_who_may_not_ask_is_told_before_the_body_is_there() -> None:
     ],
 )
 def test_requests_for_others_and_from_their_pages_are_refused(headers: dict[bytes, bytes], ours: bool) -> None:
-    hosts = Hosts(["localhost", "::1"])
+    hosts = Hosts(["localhost", "::1"], ["front.example"])
     if ours:
         hosts.check(headers)
         return
     with pytest.raises(Forbidden):
         hosts.check(headers)
+
+
+def test_a_server_that_is_reached_by_any_name_is_asked_by_its_own_pages_only() -> None:
+    hosts = Hosts(None)
+    hosts.check({b"host": b"box.example:8080"})
+    hosts.check({b"host": b"box.example:8080", b"origin": b"http://box.example:8080"})
+    with pytest.raises(Forbidden, match=r"origin: pages of 'http://evil\.example'"):
+        hosts.check({b"host": b"box.example:8080", b"origin": b"http://evil.example"})
 
 
 async def test_neither_the_door_nor_a_route_answers_for_another_host() -> None:

@@ -201,26 +201,32 @@ def role_for(method: str, path: str) -> Role | None:
 
 
 class Hosts:
-    """The names under which a server is reached. A page of somebody else's can have a browser send requests to a server
-    on loopback, under a name that leads there (DNS rebinding) or across origins; neither is for us."""
+    """The names under which a server is reached: its `own` (None: any) and those that are `allowed`. A page of somebody
+    else's can have a browser send requests to a server, on loopback under a name that leads there (DNS rebinding) or
+    across origins; neither is for us. Another port of the same host is somebody else too."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = frozenset(name.lower() for name in names)
+    def __init__(self, own: Iterable[str] | None, allowed: Iterable[str] = ()) -> None:
+        self._allowed = frozenset(name.lower() for name in allowed)
+        self._names = None if own is None else self._allowed | {name.lower() for name in own}
 
     def check(self, headers: Mapping[bytes, bytes]) -> None:
         """Raises `Forbidden` for a request to another host, or from a page of one. Programs send no `Origin`."""
-        host = headers.get(b"host")
-        if host is not None and not self._is_ours(host.decode("latin-1")):
-            raise Forbidden(f"host: {host.decode('latin-1')!r} is not a name of this server; --allowed-hosts adds one")
-        origin = headers.get(b"origin")
-        if origin is not None and not self._is_ours(origin.decode("latin-1").partition("://")[2]):
-            raise Forbidden(f"origin: pages of {origin.decode('latin-1')!r} may not ask this server")
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if b"host" in headers and self._names is not None and _name_in(host) not in self._names:
+            raise Forbidden(f"host: {host!r} is not a name of this server; --allowed-hosts adds one")
+        if b"origin" in headers:
+            origin = headers[b"origin"].decode("latin-1").lower()
+            authority = origin.partition("://")[2]
+            if not authority or (authority != host and _name_in(authority) not in self._allowed):
+                raise Forbidden(f"origin: pages of {origin!r} may not ask this server; --allowed-hosts allows them")
 
-    def _is_ours(self, authority: str) -> bool:
-        try:
-            return (urlsplit(f"//{authority}").hostname or "") in self._names
-        except ValueError:
-            return False
+
+def _name_in(authority: str) -> str:
+    """The host of `host:port`, empty where there is none."""
+    try:
+        return urlsplit(f"//{authority}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class Guard:

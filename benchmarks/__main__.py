@@ -11,7 +11,21 @@ from typing import Any, Final
 
 import msgspec
 
-from benchmarks import cron, cron_live, cron_next, digits, door, flood, micro, overload, queue10k, serial, store
+from benchmarks import (
+    cron,
+    cron_live,
+    cron_next,
+    crowd,
+    digits,
+    door,
+    flood,
+    micro,
+    overload,
+    queue10k,
+    serial,
+    store,
+    streams,
+)
 from benchmarks.devices import DIGITS
 from benchmarks.loops import LOOPS
 from benchmarks.machine import ROOT, Neighbours
@@ -33,6 +47,8 @@ SUITES: Final[dict[str, tuple[Callable[[Any], Report], Any]]] = {
     "cron": (cron.run, cron.Options()),
     "cron-live": (cron_live.run, cron_live.Options()),
     "door": (door.run, door.Options()),
+    "crowd": (crowd.run, crowd.Options()),
+    "streams": (streams.run, streams.Options()),
 }
 """How each suite is run, and its options where the command line gives none."""
 

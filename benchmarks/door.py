@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,13 +23,12 @@ import numpy as np
 from benchmarks.devices import DIGITS
 from benchmarks.loops import run_on
 from benchmarks.report import Label, Report
+from benchmarks.servers import process_of
 from benchmarks.stats import percentile
 
-__all__ = ["Options", "run"]
+__all__ = ["Options", "binary_request", "run"]
 
 CONNECTIONS: Final = (1, 32, 128)
-PATIENCE: Final = 60.0
-"""Seconds that a server has to start."""
 
 MOSEC: Final = """
 import sys
@@ -122,56 +117,15 @@ def _servers() -> Iterator[Mapping[str, _Way]]:
     digit = np.random.default_rng(0).random((1, 64)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         ours = stack.enter_context(
-            _process([sys.executable, "-m", "kapsl_scheduler", "serve", "--no-cron"], str(DIGITS))
+            process_of([sys.executable, "-m", "kapsl_scheduler", "serve", "--no-cron"], str(DIGITS))
         )
-        ways = {"binary": _Way(ours, _binary(digit)), "JSON": _Way(ours, _json(digit))}
+        ways = {"binary": _Way(ours, binary_request(digit)), "JSON": _Way(ours, _json(digit))}
         if util.find_spec("mosec") is not None:
             script = Path(folder) / "digits_server.py"
             script.write_text(MOSEC.format(model=str(DIGITS)), "utf-8")
-            port = stack.enter_context(_process([sys.executable, str(script), "--address", "127.0.0.1"]))
+            port = stack.enter_context(process_of([sys.executable, str(script), "--address", "127.0.0.1"]))
             ways["mosec"] = _Way(port, _post("/inference", digit.tobytes()))
         yield ways
-
-
-@contextlib.contextmanager
-def _process(command: list[str], *arguments: str) -> Iterator[int]:
-    """The port of a server that runs meanwhile."""
-    port = _free_port()
-    process = subprocess.Popen(
-        [*command, "--port", str(port), *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        _wait_for(port)
-        yield port
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
-
-
-def _wait_for(port: int) -> None:
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1.0).close()
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
-        else:
-            return
 
 
 def _post(path: str, body: bytes, header: str = "") -> bytes:
@@ -183,7 +137,8 @@ def _tensor(**more: Any) -> dict[str, Any]:
     return {"name": "pixels", "shape": [1, 64], "datatype": "FP32", **more}
 
 
-def _binary(digit: Any) -> bytes:
+def binary_request(digit: Any) -> bytes:
+    """An inference of one digit, its tensor as bytes."""
     tensor = _tensor(parameters={"binary_data_size": digit.nbytes})
     head = msgspec.json.encode({"inputs": [tensor], "parameters": {"binary_data_output": True}})
     header = f"inference-header-content-length: {len(head)}\r\n"

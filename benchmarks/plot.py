@@ -208,12 +208,31 @@ def _draw_door(report: Report, plt: Any) -> Any:
     return figure
 
 
+def _draw_crowd(report: Report, plt: Any) -> Any:
+    return _draw_latencies(report, plt, "beside", "a crowd")
+
+
+def _draw_streams(report: Report, plt: Any) -> Any:
+    return _draw_latencies(report, plt, "server", "kapsl-scheduler", piece="first")
+
+
+def _draw_latencies(report: Report, plt: Any, label: str, ours: str, **labels: Label) -> Any:
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.5))
+    for axes, metric in zip(panels, ("p50", "p99"), strict=True):
+        measurements = _of(report, metric, **labels)
+        _bars(axes, measurements, label, lambda name: _OURS if name == ours else _OTHERS)
+        axes.set_xlabel(f"{metric} [{measurements[0].unit}]")
+    return figure
+
+
 _DRAWINGS: Final[dict[str, Callable[[Report, Any], Any]]] = {
     "cron": _draw_cron_scheduler,
     "cron-live": _draw_cron_live,
     "cron-next": _draw_cron,
     "digits": _draw_digits,
     "door": _draw_door,
+    "crowd": _draw_crowd,
+    "streams": _draw_streams,
     "flood": _draw_flood,
     "micro": _draw_micro,
     "overload": _draw_overload,

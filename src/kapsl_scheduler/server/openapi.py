@@ -18,7 +18,7 @@ from kapsl_scheduler.core.definition import Definition
 from kapsl_scheduler.runtime.cron_views import CronJobInfo, CronRun
 from kapsl_scheduler.runtime.registry import ModelRegistry
 from kapsl_scheduler.server.access import role_for
-from kapsl_scheduler.server.answers import json_response
+from kapsl_scheduler.server.answers import JSON
 
 __all__ = ["OPERATIONS", "Document", "Operation"]
 
@@ -377,10 +377,14 @@ class Document:
         self._version = version
         self._models = models
         self._routes = routes
+        self._written: tuple[Any, bytes] = (None, b"")  # for which models, and what: it takes milliseconds to make
 
     async def answer(self, request: Request) -> Response:
         """The route."""
-        return json_response(self.made())
+        models = [(model.name, model.info.version) for model in self._models.list()]
+        if self._written[0] != models:
+            self._written = (models, msgspec.json.encode(self.made()))
+        return Response(self._written[1], media_type=JSON)
 
     def made(self) -> dict[str, Any]:
         """The document as plain values."""

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Final
 
+import ml_dtypes
 import msgspec
 import numpy as np
 
@@ -56,6 +57,7 @@ _NUMPY: Final[Mapping[str, np.dtype[Any]]] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
     "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),  # which numpy knows by way of ml_dtypes
     "int8": np.dtype(np.int8),
     "int16": np.dtype(np.int16),
     "int32": np.dtype(np.int32),
@@ -73,6 +75,7 @@ _ALIASES: Final[Mapping[str, str]] = {
     **{f"i{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"u{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
     "half": "float16",
+    "bf16": "bfloat16",
     "float": "float32",
     "double": "float64",
     "str": "string",

@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
@@ -302,6 +303,10 @@ class Europe(Mine):
         (
             CronJob("a", 60, np.array(["\ud800", "a"], object)),
             "request.input: an array of object cannot be stored: 'utf-8'",
+        ),
+        (
+            CronJob("a", 60, np.ones(2, ml_dtypes.bfloat16)),
+            "request.input: an array of bfloat16 cannot be stored: no file has a form for it",
         ),
         (CronJob("a", 60, "\ud800"), "request.value: '\\ud800' cannot be stored: "),
         (CronJob("a", 60, type("Plain", (), {"items": print})()), "source: expected an adapter with settings, got <"),

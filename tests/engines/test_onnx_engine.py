@@ -84,7 +84,9 @@ def test_any_mapping_and_any_memory_layout_will_do(tmp_path: Path) -> None:
     np.testing.assert_allclose(y, x @ onnx_models.WEIGHT + onnx_models.BIAS, rtol=1e-6)
 
 
-DTYPES = ["float16", "float32", "float64", "bool"] + [f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)]
+DTYPES = ["float16", "bfloat16", "float32", "float64", "bool"] + [
+    f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)
+]
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -96,6 +98,23 @@ def test_every_dtype_goes_in_and_out(tmp_path: Path, name: str) -> None:
     assert engine.model_info().inputs[0].dtype == name
     assert y.dtype == dtype
     np.testing.assert_array_equal(y, x)
+
+
+def test_bfloat16_goes_beside_other_types_and_in_slices(tmp_path: Path) -> None:
+    bf16, cast = TensorProto.BFLOAT16, helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT)
+    built = onnx_models.model(
+        [cast, helper.make_node("Add", ["wide", "add"], ["sum"]), helper.make_node("Cast", ["sum"], ["y"], to=bf16)],
+        [onnx_models.tensor("x", bf16, ["n", 2]), onnx_models.tensor("add", TensorProto.FLOAT, ["n", 2])],
+        [onnx_models.tensor("y", bf16, ["n", 2]), onnx_models.tensor("sum", TensorProto.FLOAT, ["n", 2])],
+    )
+    engine = loaded(tmp_path, built)
+    x = np.arange(8).reshape(4, 2).astype(numpy_dtype("bfloat16"))[::2]
+    answer = engine.infer({"x": x, "add": np.ones((2, 2), np.float32)})
+    assert (answer["y"].dtype, answer["sum"].dtype) == (numpy_dtype("bfloat16"), np.float32)
+    assert answer["y"].tolist() == [[1, 2], [5, 6]]
+    answer["y"] += 1  # its own
+    empty = engine.infer({"x": x[:0], "add": np.ones((0, 2), np.float32)})
+    assert empty["y"].shape == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,21 @@ from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority, TensorS
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = ModelInfo("m", version="3")
-DATATYPES = ["BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "FP16", "FP32", "FP64"]
+DATATYPES = [
+    "BOOL",
+    "INT8",
+    "INT16",
+    "INT32",
+    "INT64",
+    "UINT8",
+    "UINT16",
+    "UINT32",
+    "UINT64",
+    "FP16",
+    "BF16",
+    "FP32",
+    "FP64",
+]
 
 
 def golden(name: str) -> list[dict[str, Any]]:
@@ -280,6 +294,10 @@ def arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
         flat = draw(st.lists(text, min_size=math.prod(shape), max_size=math.prod(shape)))
         return np.array(flat, object).reshape(shape)
     dtype = numpy_dtype_of(draw(st.sampled_from(DATATYPES)))
+    if dtype == numpy_dtype_of("BF16"):
+        return draw(
+            hnp.arrays(np.float32, shape, elements=st.floats(width=16, allow_nan=False, allow_infinity=False))
+        ).astype(dtype)
     finite = {"allow_nan": False, "allow_infinity": False} if dtype.kind == "f" else {}
     return draw(hnp.arrays(dtype, shape, elements=hnp.from_dtype(dtype, **finite)))
 

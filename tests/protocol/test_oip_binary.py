@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kapsl_scheduler.errors import InvalidInput
 from kapsl_scheduler.server.oip import InferCall, decode_reply, decode_request, encode_reply
-from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority, TensorSpec
+from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority, TensorSpec, numpy_dtype
 
 MODEL = ModelInfo("m", version="3", inputs=(TensorSpec("x", "float32", (None, 2)),))
 
@@ -49,6 +49,7 @@ def said(body: bytes, header_length: int) -> Any:
     [
         ("FP32", np.array([[1.5, -2], [0, 3]], "<f4")),
         ("FP16", np.array([1.5, -2], "<f2")),
+        ("BF16", np.array([[1.5, -2]], numpy_dtype("bfloat16"))),
         ("INT64", np.array([[-(2**63)]], "<i8")),
         ("UINT8", np.array([0, 255], "u1")),
         ("BOOL", np.array([True, False])),
@@ -99,7 +100,7 @@ def test_all_that_was_asked_is_the_same_the_first_time_and_after() -> None:
         ({"inputs": [tensor("x", "FP32", [1, 2], 8)]}, b"1234567", "8 bytes were announced, and 7 are left"),
         ({"inputs": [tensor("x", "FP32", [1, 2], 8)]}, b"123456789", "1 bytes came behind the last tensor"),
         ({"inputs": [tensor("x", "FP32", [1, 3], 8)]}, b"12345678", "8 bytes came, expected 12 for FP32 of shape"),
-        ({"inputs": [tensor("x", "BF16", [1], 2)]}, b"12", "datatype 'BF16' came, expected one of BOOL"),
+        ({"inputs": [tensor("x", "FP8", [1], 2)]}, b"12", "datatype 'FP8' came, expected one of BOOL"),
         ({"inputs": [tensor("x", "BOOL", [1], 1)]}, b"\x02", "a BOOL is neither 0 nor 1"),
         ({"inputs": [tensor("x", "BYTES", [1], 4)]}, b"\x09\0\0\0", "element 0 says 9 bytes, and 0 are left"),
         ({"inputs": [tensor("x", "FP32", [1], 4)] * 2}, b"12345678", "input 'x' came twice"),
@@ -155,16 +156,21 @@ def test_the_short_way_and_the_long_one_come_to_the_same(
 
 @pytest.mark.parametrize("id", ["", "seven"])
 def test_an_answer_has_its_tensors_as_bytes_where_that_was_asked(id: str) -> None:
-    outputs = {"a": np.array([[1.5, 2]], np.float32), "b": np.array([7]), "c": np.array(["é"], object)}
-    for binary in (True, frozenset("ac")):
+    outputs = {
+        "a": np.array([[1.5, 2]], np.float32),
+        "b": np.array([7]),
+        "bf": np.ones(1, numpy_dtype("bfloat16")),
+        "c": np.array(["é"], object),
+    }
+    for binary in (True, frozenset(("a", "c"))):
         body, length = encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({}), id, binary=binary))
         assert length is not None
         head = json.loads(body[:length])
         assert (head["model_name"], head["model_version"], head.get("id", "")) == ("m", "3", id)
-        assert [one["name"] for one in head["outputs"]] == ["a", "b", "c"]
+        assert [one["name"] for one in head["outputs"]] == ["a", "b", "bf", "c"]
         assert ("data" in head["outputs"][1]) == (binary is not True)
         reply = decode_reply(body, length)
-        assert [array.tolist() for array in reply.outputs.values()] == [[[1.5, 2]], [7], ["é".encode()]]
+        assert [array.tolist() for array in reply.outputs.values()] == [[[1.5, 2]], [7], [1], ["é".encode()]]
 
 
 def test_answers_of_other_shapes_do_not_share_their_json() -> None:

@@ -5,6 +5,8 @@ What is not here: which axis of a tensor is its batch axis (engines.batch_axes),
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -44,15 +46,19 @@ _GRAPH_LEVELS: Final[Mapping[str, str]] = {
     "all": "ORT_ENABLE_ALL",
 }
 
-# Types as onnxruntime spells them. What is missing here (bfloat16, sequences, maps, ...) has no numpy array.
+# Types as onnxruntime spells them. What is missing here (sequences, maps, ...) has no numpy array.
 _DTYPES: Final[Mapping[str, str]] = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
     "tensor(bool)": "bool",
     "tensor(string)": "string",
     **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
+
+_BFLOAT16: Final = numpy_dtype("bfloat16")
+_ONNX_BFLOAT16: Final = 16  # the number of the type in ONNX's own list
 
 # onnxruntime has a class for each of its status codes, and no base class for them but Exception.
 _ERRORS: Final[Mapping[str, type[EngineError]]] = {
@@ -197,7 +203,7 @@ class OnnxEngine:
         started = time.perf_counter()
         try:
             feed = _with_text(inputs, opened.text_inputs) if opened.text_inputs else inputs
-            outputs = opened.session.run(opened.output_names, feed, opened.run_options)
+            outputs = opened.run(feed)
         except Exception as error:
             self._tally.add(0, time.perf_counter() - started, failed=True)
             raise self._translated(error) from error
@@ -262,7 +268,7 @@ class OnnxEngine:
         """Run zeros, uncounted. False only if the device fails: a model may well refuse zeros."""
         zeros = {spec.name: _zeros(spec) for spec in opened.info.inputs}
         try:
-            opened.session.run(opened.output_names, zeros, opened.run_options)
+            opened.run(zeros)
         except Exception as error:
             return not isinstance(self._translated(error), Unavailable)
         return True
@@ -271,7 +277,7 @@ class OnnxEngine:
 class _Opened:
     """What a loaded engine has. `infer` reads it once, so that an `unload` meanwhile cannot mix two states."""
 
-    __slots__ = ("info", "on_cpu", "output_names", "rows", "run_options", "session", "text_inputs")
+    __slots__ = ("_by_value", "info", "on_cpu", "output_names", "rows", "run_options", "session", "text_inputs")
 
     def __init__(self, session: Any, run_options: Any, info: ModelInfo) -> None:
         self.session = session
@@ -281,6 +287,19 @@ class _Opened:
         self.output_names = [spec.name for spec in info.outputs]
         self.text_inputs = frozenset(spec.name for spec in info.inputs if spec.dtype == "string")
         self.rows = RowCounter(info)
+        self._by_value = any(spec.dtype == "bfloat16" for spec in (*info.inputs, *info.outputs))
+
+    def run(self, inputs: Tensors) -> list[Array]:
+        """The outputs, in their order. Raises what onnxruntime raises."""
+        if self._by_value:
+            plain = {name: _bits(array) for name, array in inputs.items()}  # held while they are in use
+            values = {name: _as_value(plain[name], array.dtype) for name, array in inputs.items()}
+            return [
+                _from_value(value)
+                for value in self.session.run_with_ort_values(self.output_names, values, self.run_options)
+            ]
+        outputs: list[Array] = self.session.run(self.output_names, inputs, self.run_options)
+        return outputs
 
 
 # -------------------------------------------------------------------------------------------- providers
@@ -384,6 +403,32 @@ def _zeros(spec: TensorSpec) -> Array:
     """One row of zeros (or of empty strings), with 1 for every open dimension."""
     shape = tuple(size if isinstance(size, int) else 1 for size in spec.shape)
     return np.full(shape, "" if spec.dtype == "string" else 0, numpy_dtype(spec.dtype))
+
+
+def _bits(array: Array) -> Array:
+    """Of numpy's types, onnxruntime takes all but bfloat16, which it takes as its bits."""
+    return np.ascontiguousarray(array).view(np.uint16) if array.dtype == _BFLOAT16 else array
+
+
+def _as_value(bits: Array, dtype: np.dtype[Any]) -> Any:
+    """onnxruntime's own tensor over an array, which is to live as long."""
+    import onnxruntime as ort
+
+    if dtype == _BFLOAT16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(bits)
+
+
+def _from_value(value: Any) -> Array:
+    """A tensor of onnxruntime's as an array of its own, also one of bfloat16, which it does not make."""
+    if value.element_type() != _ONNX_BFLOAT16:
+        array: Array = value.numpy()
+        return array
+    shape = tuple(value.shape())
+    if not math.prod(shape):
+        return np.empty(shape, _BFLOAT16)
+    there = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    return np.frombuffer(bytearray(there), _BFLOAT16).reshape(shape)
 
 
 def _with_text(inputs: Tensors, names: Collection[str]) -> dict[str, Array]:

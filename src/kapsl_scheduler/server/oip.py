@@ -66,7 +66,11 @@ _PIECE_BYTES: Final = 64 << 10
 _PIECE_VALUES: Final = 8 << 10
 
 # The first doubles that round to infinity in the narrower format, not its largest finite value.
-_FLOAT_LIMITS: Final[Mapping[str, float]] = {"FP16": 65520.0, "FP32": 3.4028235677973366e38}
+_FLOAT_LIMITS: Final[Mapping[str, float]] = {
+    "FP16": 65520.0,
+    "BF16": 3.3961775292304957e38,
+    "FP32": 3.4028235677973366e38,
+}
 
 
 class _Kind:
@@ -105,6 +109,7 @@ class _Kind:
 _KINDS: Final[Mapping[str, _Kind]] = {datatype: _Kind(datatype) for datatype in CANONICAL}
 
 
+_BFLOAT16: Final = numpy_dtype("bfloat16")
 _DATATYPE_OF_DTYPE: Final = {kind.dtype: datatype for datatype, kind in _KINDS.items()}  # `dtype.name` takes 5 µs
 
 
@@ -592,8 +597,10 @@ def _encode_tensors(tensors: Iterable[tuple[str, Array]]) -> list[_WireTensor]:
 
 def _encode_tensor(name: str, array: Array) -> _WireTensor:
     flat = array.ravel()
+    if array.dtype == _BFLOAT16:
+        flat = flat.astype(np.float32)  # whose values are Python's numbers
     data: Any
-    if flat.size > _PIECE_VALUES and array.dtype.kind in "biuf":
+    if flat.size > _PIECE_VALUES and flat.dtype.kind in "biuf":
         starts = range(0, flat.size, _PIECE_VALUES)
         pieces = [_ENCODER.encode(flat[start : start + _PIECE_VALUES].tolist())[1:-1] for start in starts]
         pieces[0], pieces[-1] = b"[" + pieces[0], pieces[-1] + b"]"

@@ -24,11 +24,16 @@ CANONICAL: Final[Mapping[str, str]] = {
     **{f"INT{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"UINT{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
     **{f"FP{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "BF16": "bfloat16",
     "BYTES": "string",
 }
 """Our names of the protocol's datatypes."""
 
-_DTYPES: Final = {name: numpy_dtype(canonical).newbyteorder("<") for name, canonical in CANONICAL.items()}
+_DTYPES: Final = {
+    # bfloat16 has no other order of bytes
+    name: numpy_dtype(canonical) if name == "BF16" else numpy_dtype(canonical).newbyteorder("<")
+    for name, canonical in CANONICAL.items()
+}
 _LENGTH: Final = struct.Struct("<I")
 
 

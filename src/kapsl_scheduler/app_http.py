@@ -110,7 +110,7 @@ async def serve_http(
         parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
     pages = Pages()
     parts += [pages, Live(service, cron, pages=pages.digest)]
-    metrics = Metrics(service.version, cron)
+    metrics = Metrics(service, cron, connections=lambda: len(server.server_state.connections))
     settings = config.server
     access = Access(config.tokens) if config.tokens else None
     kapsl = KapslSocket(

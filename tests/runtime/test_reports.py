@@ -59,12 +59,12 @@ async def test_statistics_are_the_books_and_the_load() -> None:
 async def test_latencies_between_two_moments_are_the_difference_of_their_counts() -> None:
     async with virtual_scheduler(slow()) as scheduler:
         await scheduler.infer(numbered(0))
-        before = scheduler.latency_counts()
+        before = scheduler.latencies()
         await scheduler.infer(numbered(1))
         await scheduler.infer(numbered(2), priority=Priority.THROUGHPUT)
-        after = scheduler.latency_counts()
+        after = scheduler.latencies()
     new = {
-        name: [now - then for now, then in zip(after[name], before[name], strict=True)]
+        name: [now - then for now, then in zip(after[name].counts, before[name].counts, strict=True)]
         for name in ("latency_critical", "throughput", "background")
     }
     assert {name: sum(counts) for name, counts in new.items()} == {

@@ -85,7 +85,7 @@ def api_over(
     return HttpApi(
         service,
         max_body_bytes=max_body_bytes,
-        metrics=Metrics(version, cron),
+        metrics=Metrics(service, cron),
         parts=parts,
         absent=NO_JOBS,
         guard=guard,

@@ -456,3 +456,16 @@ async def test_a_client_that_does_not_read_is_let_go_and_one_that_reads_slowly_i
         connection._unsent = connection.transport.get_write_buffer_size()
         connection.close_if_stalled(1000.0)
         assert connection.transport.is_closing()
+
+
+async def test_answers_of_the_door_are_counted_by_status() -> None:
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        for request in (infer(), infer(), infer("wrong"), b"GET /v2 HTTP/1.1\r\n\r\n", b"no http\r\n\r\n"):
+            writer.write(request)
+            await answer(reader)
+        counts = server.api.inference.http.answers()
+
+    route = "/v2/models/{model}/infer"
+    assert (counts["POST", route, 200], counts["POST", route, 400]) == (2, 1)
+    assert counts["GET", "/v2", 200] == 1
+    assert counts["(other)", "(none)", 400] == 1

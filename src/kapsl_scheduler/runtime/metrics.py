@@ -23,6 +23,7 @@ __all__ = [
     "Durations",
     "EngineHealth",
     "Histogram",
+    "Latencies",
     "SchedulerHealth",
     "SchedulerStatistics",
 ]
@@ -32,6 +33,13 @@ _PER_OCTAVE: Final = 4
 _BULK: Final = 256
 BOUNDS: Final = tuple(_SMALLEST * 2 ** (step / _PER_OCTAVE) for step in range(24 * _PER_OCTAVE))
 """Upper bounds of the latency buckets in seconds: 10 us to about 140 s, 19 % apart."""
+
+
+class Latencies(NamedTuple):
+    """Answers by how long they took: `counts[i]` up to `BOUNDS[i]`, the last above all; `total` in seconds."""
+
+    counts: list[int]
+    total: float
 
 
 class _Kept(NamedTuple):
@@ -84,6 +92,11 @@ class Histogram:
     @property
     def count(self) -> int:
         return sum(self.counts)
+
+    def latencies(self) -> Latencies:
+        """Counts and total as of one moment."""
+        kept = self._sorted()
+        return Latencies(kept.counts.tolist(), kept.total)
 
     def percentile(self, percent: float) -> float | None:
         """Seconds below which `percent` of the values lie, to within a bucket; None without values."""

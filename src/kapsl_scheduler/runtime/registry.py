@@ -15,6 +15,7 @@ import msgspec
 
 from kapsl_scheduler.errors import ModelLoadError, ModelNotLoaded, Unavailable
 from kapsl_scheduler.ports import ReplicaScheduler
+from kapsl_scheduler.runtime.metrics import Latencies
 from kapsl_scheduler.types import ModelInfo
 
 __all__ = ["ModelRegistry", "ModelScheduler", "ServedModel"]
@@ -22,11 +23,20 @@ __all__ = ["ModelRegistry", "ModelScheduler", "ServedModel"]
 Source = TypeVar("Source")
 
 
+class _EngineHealth(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+
+
 class _Health(Protocol):
     @property
     def ready(self) -> bool: ...
     @property
     def status(self) -> str: ...
+    @property
+    def engines(self) -> Sequence[_EngineHealth]: ...
 
 
 class ModelScheduler(ReplicaScheduler, Protocol):
@@ -34,7 +44,7 @@ class ModelScheduler(ReplicaScheduler, Protocol):
 
     def health(self) -> _Health: ...
     def statistics(self) -> Any: ...
-    def latency_counts(self) -> Mapping[str, list[int]]: ...
+    def latencies(self) -> Mapping[str, Latencies]: ...
 
 
 class ServedModel(msgspec.Struct, frozen=True):

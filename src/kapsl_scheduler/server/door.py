@@ -27,6 +27,7 @@ from kapsl_scheduler.errors import (
 from kapsl_scheduler.server.access import Caller
 from kapsl_scheduler.server.answers import Answer, error_answer, error_body
 from kapsl_scheduler.server.bodies import check_size
+from kapsl_scheduler.server.http_figures import NO_ROUTE
 from kapsl_scheduler.server.inference import Inference
 from kapsl_scheduler.server.journal import ACCESS, log_request
 
@@ -226,6 +227,8 @@ class Connection(HttpToolsProtocol):
     def _end(self, answer: Answer) -> None:
         if self.cycle is None or self.cycle.response_complete:  # else it would stand within another answer
             self.transport.write(answer.head(_CLOSE) + answer.body)
+            if self._inference is not None:
+                self._inference.http.count("(other)", NO_ROUTE, answer.status)
         self.transport.close()
 
 
@@ -383,6 +386,7 @@ class _Exchange:
                 return
             if not self._complete:  # nobody will read the rest of it
                 self.keep_alive = False
+            self.head.inference.http.inferences[answer.status] += 1
             lines = connection.date_lines()
             connection.transport.write(answer.head(lines if self.keep_alive else lines + _CLOSE) + answer.body)
             head = self.head

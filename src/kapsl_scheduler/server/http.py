@@ -56,16 +56,20 @@ class HttpApi:
         guard: Guard | None = None,
         access_log: bool = False,
     ) -> None:
-        self.inference = Inference(service, max_body_bytes=max_body_bytes, guard=guard, access_log=access_log)
+        self._metrics = metrics or Metrics(service)
+        self._http = self._metrics.http
+        self.inference = Inference(
+            service, max_body_bytes=max_body_bytes, guard=guard, access_log=access_log, http=self._http
+        )
         self._guard = guard
         self._access_log = access_log
-        self._metrics = metrics or Metrics(service.version)
         self._absent = absent or {}
         model = "/v2/models/{model}"
         routes: list[BaseRoute] = [
             Route(model + "/infer", self.inference, methods=["POST"]),
             Route(model + "/versions/{version}/infer", self.inference, methods=["POST"]),
             Route("/metrics", self._figures),
+            Route("/metrics/triton", self._figures_for_triton),
         ]
         for part in parts:
             routes += part.routes()
@@ -84,10 +88,7 @@ class HttpApi:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         changes = method not in _LOOKS and (role_for(method, path) or Role.READER) > Role.READER
-        if self._guard is None and not changes and not self._access_log:
-            await self._routes(scope, receive, send)
-            return
-        begun, status = time.perf_counter(), 499
+        begun, status = time.perf_counter(), 499  # if nothing is answered, as the client has gone
         caller: Caller | None = None
 
         async def told(message: Message) -> None:
@@ -111,6 +112,7 @@ class HttpApi:
                     if caller is not None and method not in _LOOKS:
                         caller.leave()
         finally:
+            self._http.answered(scope, status)
             who = "" if caller is None else caller.token.name
             if changes:
                 log_request(AUDIT, who, method, path, status, begun)
@@ -119,6 +121,10 @@ class HttpApi:
 
     async def _figures(self, request: Request) -> Response:
         text, kind = await self._metrics.render(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind})
+
+    async def _figures_for_triton(self, request: Request) -> Response:
+        text, kind = self._metrics.render_triton()
         return Response(text, headers={"content-type": kind})
 
     async def _failed(self, request: Request, error: Exception) -> Response:

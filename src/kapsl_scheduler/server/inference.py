@@ -20,6 +20,7 @@ from kapsl_scheduler.errors import EngineError, InvalidInput
 from kapsl_scheduler.server.access import Guard
 from kapsl_scheduler.server.answers import Answer, error_answer, response_of
 from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body
+from kapsl_scheduler.server.http_figures import HttpFigures
 from kapsl_scheduler.server.oip import InferCall, decode_request, encode_reply
 from kapsl_scheduler.server.presence import while_connected
 from kapsl_scheduler.server.service import Service
@@ -42,12 +43,19 @@ class Inference:
     `access_log` are for whoever does not come by way of the application, which has them too."""
 
     def __init__(
-        self, service: Service, *, max_body_bytes: int, guard: Guard | None = None, access_log: bool = False
+        self,
+        service: Service,
+        *,
+        max_body_bytes: int,
+        guard: Guard | None = None,
+        access_log: bool = False,
+        http: HttpFigures | None = None,
     ) -> None:
         self.service = service
         self.max_body_bytes = max_body_bytes
         self.guard = guard
         self.access_log = access_log
+        self.http = http or HttpFigures()
 
     async def answer(self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes) -> Answer:
         """What to answer a request for a model; every error but a cancellation is an answer too. Cancelling it takes

@@ -116,13 +116,15 @@ class Service:
         self.version = version
         self.draining = False
         self.in_flight = 0
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
+        self.refused = 0  # as so many were in flight
         self._figures: dict[tuple[str, str], Figures] = {}
 
     def enter(self) -> None:
         """A request comes in, of which `leave` is to be called. Raises `Overloaded`."""
-        if self.in_flight >= self._max_in_flight:
-            raise Overloaded(f"{self._max_in_flight} inference requests are in flight, which is the limit")
+        if self.in_flight >= self.max_in_flight:
+            self.refused += 1
+            raise Overloaded(f"{self.max_in_flight} inference requests are in flight, which is the limit")
         self.in_flight += 1
 
     def leave(self) -> None:

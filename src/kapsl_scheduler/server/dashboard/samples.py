@@ -138,7 +138,7 @@ class Sampler:
     def _model(self, model: ServedModel, earlier: _Earlier | None, elapsed: float) -> ModelSample:
         scheduler = model.scheduler
         now: SchedulerStatistics = scheduler.statistics()
-        latencies = scheduler.latency_counts()
+        latencies = {name: each.counts for name, each in scheduler.latencies().items()}
         self._models[_key(model)] = _Earlier(scheduler, now, latencies)
         if earlier is not None and earlier.scheduler is not scheduler:  # another one's counts have begun anew
             earlier = None

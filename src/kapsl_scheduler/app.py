@@ -56,8 +56,8 @@ async def serve(
     engines: Mapping[str, Any] | None = None,
     announce: Callable[[Listening], None],
 ) -> None:
-    """Serves models until SIGTERM or SIGINT, then drains; while they load, a signal ends that too. A second signal
-    ends the process at once.
+    """Serves models until SIGTERM or SIGINT. Then it is not ready any more, goes on for `ready_grace` seconds, stops
+    accepting, and drains; while models load, a signal ends that too. A second signal ends the process at once.
 
     `models` are paths of packages or model files, `NAME=PATH` to choose a name; `engines` are models that are there
     already, by name. `announce` is called once, when the server answers. Raises `ModelLoadError`, also for what is

@@ -159,12 +159,15 @@ async def serve_http(
         await stop.wait()
         service.draining = True
         models.stop()
+        draining = {serving}
+        if cron is not None:  # fires nothing more from here on
+            closing = group.create_task(cron.close(config.server.ready_grace + config.server.drain))
+            draining.add(closing)
+        # Whoever sends requests here learns by its next look at readiness not to, and until then none is turned away.
+        await asyncio.sleep(config.server.ready_grace)
         server.should_exit = True
         ending = group.create_task(kapsl.close(config.server.drain + _GOODBYE))
-        draining = {serving, ending}
-        if cron is not None:  # fires nothing more from here on
-            closing = group.create_task(cron.close(config.server.drain))
-            draining.add(closing)
+        draining.add(ending)
         await asyncio.wait(draining, timeout=config.server.drain)
         if cron is not None:  # its runs are cut short by now, and it is being written down that it was not their model
             await asyncio.wait({closing}, timeout=_LAST_WORD)

@@ -60,6 +60,7 @@ _HELP: Final[Mapping[str, str]] = {
     "model_directories": "Directories that further models may be loaded from, with commas.",
     "access_log": "Log every request, without what is in it.",
     "drain": "Seconds that requests and jobs in flight have to end after a signal.",
+    "ready_grace": "Seconds after a signal in which requests are still taken while the server says it is not ready.",
     "cron_enabled": "Run no jobs, and need no store for them.",
     "cron_store": "SQLite file of the jobs and their history, or memory. [default: in the state directory]",
     "cron_allow_latency_critical": "Let jobs run in the class of live requests.",

@@ -58,7 +58,8 @@ class ConfigError(ValueError):
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The process as a whole. `drain` (seconds) is how long work in flight may take after a signal to end;
+    """The process as a whole. `drain` (seconds) is how long work in flight may take after a signal to end, and
+    `ready_grace` (seconds) how long before that the server goes on accepting while it says that it is not ready;
     port 0 lets the system choose; `max_in_flight` bounds the inference requests of all models together.
 
     `tokens` is a file of those who may ask (`server.access`); without any, everybody who reaches the server may.
@@ -79,6 +80,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: _Count = 8192
     client_patience: Annotated[float, msgspec.Meta(gt=0)] = 20.0
     drain: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 10.0
+    ready_grace: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 0.0
     socket: _Path | None = None
     socket_enabled: bool = True
     socket_host: str = "127.0.0.1"

@@ -458,6 +458,18 @@ async def test_a_client_that_does_not_read_is_let_go_and_one_that_reads_slowly_i
         assert connection.transport.is_closing()
 
 
+async def test_a_server_that_drains_answers_and_closes_behind_what_was_sent_ahead() -> None:
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        server.api.inference.service.draining = True
+        writer.write(infer() + infer())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"connection: close" not in head
+        rest = await reader.read()
+
+    assert rest.count(b"HTTP/1.1 200") == 1
+    assert b"connection: close" in rest
+
+
 async def test_answers_of_the_door_are_counted_by_status() -> None:
     async with serving() as server, connected(server.api) as (_, reader, writer):
         for request in (infer(), infer(), infer("wrong"), b"GET /v2 HTTP/1.1\r\n\r\n", b"no http\r\n\r\n"):

@@ -131,13 +131,15 @@ class _Route:
     path = "/x"
 
 
-async def test_a_server_that_drains_says_so() -> None:
+async def test_a_server_that_drains_says_so_and_closes_its_connections() -> None:
     async with serving() as server:
         before = await scraped(server)
         server.api.inference.service.draining = True
+        answer = await server.client.get("/v2/health/live")
         after = await scraped(server)
 
     assert [(value(f, "kapsl_ready"), value(f, "kapsl_draining")) for f in (before, after)] == [(1, 0), (0, 1)]
+    assert answer.headers["connection"] == "close"
 
 
 async def test_the_process_is_there() -> None:

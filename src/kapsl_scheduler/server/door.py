@@ -384,7 +384,8 @@ class _Exchange:
                 await connection.flow.drain()
             if self.disconnected:
                 return
-            if not self._complete:  # nobody will read the rest of it
+            # Nobody will read the rest of a request; and who comes while the server drains is to find another one.
+            if not self._complete or (self.head.inference.service.draining and not connection.pipeline):
                 self.keep_alive = False
             self.head.inference.http.inferences[answer.status] += 1
             lines = connection.date_lines()

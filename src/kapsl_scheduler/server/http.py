@@ -56,6 +56,7 @@ class HttpApi:
         guard: Guard | None = None,
         access_log: bool = False,
     ) -> None:
+        self._service = service
         self._metrics = metrics or Metrics(service)
         self._http = self._metrics.http
         self.inference = Inference(
@@ -95,6 +96,8 @@ class HttpApi:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if self._service.draining:
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
         try:

@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import uvicorn
 
 from kapsl_scheduler.app_kapsl import endpoint_of
@@ -33,6 +34,7 @@ from kapsl_scheduler.server.access import Access, Guard, Hosts
 from kapsl_scheduler.server.cron import NO_JOBS, CronApi
 from kapsl_scheduler.server.dashboard.live import Live
 from kapsl_scheduler.server.dashboard.pages import Pages
+from kapsl_scheduler.server.debug import DebugApi
 from kapsl_scheduler.server.door import Connection
 from kapsl_scheduler.server.generate import GenerateApi
 from kapsl_scheduler.server.http import HttpApi, Part
@@ -110,6 +112,8 @@ async def serve_http(
         parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
     pages = Pages()
     parts += [pages, Live(service, cron, pages=pages.digest)]
+    plain = msgspec.to_builtins(config, enc_hook=str)
+    parts.append(DebugApi(service, cron, plain, lambda: server.server_state.connections))
     metrics = Metrics(service, cron, connections=lambda: len(server.server_state.connections))
     settings = config.server
     access = Access(config.tokens) if config.tokens else None

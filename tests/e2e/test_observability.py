@@ -26,6 +26,7 @@ async def test_figures_are_those_of_the_process_and_of_its_connections() -> None
             for _ in range(3):
                 assert (await client.post("/v2/models/digits/infer", content=BODY)).status_code == 200
             page = (await client.get("/metrics")).text
+            debug = (await client.get("/debug")).json()
 
     samples = {
         (sample.name, *sample.labels.values()): sample.value
@@ -41,3 +42,9 @@ async def test_figures_are_those_of_the_process_and_of_its_connections() -> None
             [PROMTOOL, "check", "metrics"], input=page, text=True, capture_output=True, check=False
         )
         assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+    assert debug["connections"]["number"] == 2
+    assert debug["config"]["cron"]["store"] == "memory"
+    assert {"MainThread"} <= {thread["name"] for thread in debug["threads"]}
+    assert debug["process"]["loop"] == "uvloop"
+    assert [model["name"] for model in debug["models"]] == ["digits"]

@@ -160,6 +160,7 @@ def test_who_was_refused_is_let_in_when_it_was_told_to_come() -> None:
         ("GET", "/dashboard/live", Role.READER),
         ("GET", "/metrics", Role.ADMIN),
         ("GET", "/metrics/triton", Role.ADMIN),
+        ("GET", "/debug", Role.ADMIN),
         ("POST", "/v1/chat/completions", Role.READER),
         ("GET", "/api/health", None),
         ("GET", "/api/models", Role.READER),

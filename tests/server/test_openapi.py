@@ -14,6 +14,7 @@ from kapsl_scheduler.app_jobs import Jobs
 from kapsl_scheduler.app_models import Models
 from kapsl_scheduler.config import Config
 from kapsl_scheduler.server.cron import CronApi
+from kapsl_scheduler.server.debug import DebugApi
 from kapsl_scheduler.server.generate import GenerateApi
 from kapsl_scheduler.server.http import HttpApi
 from kapsl_scheduler.server.kapsl_http import KapslApi
@@ -60,6 +61,7 @@ async def test_every_route_is_described_and_nothing_else(tmp_path: Path) -> None
                 OpenAiApi(service, max_body_bytes=1),
                 KapslApi(service, models, max_body_bytes=1),
                 CronApi(cron, plain.registry, service.check_open, max_body_bytes=1),
+                DebugApi(service, cron, {}, lambda: ()),
             ],
         )
         found = await document(api)

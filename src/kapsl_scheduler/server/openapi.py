@@ -259,6 +259,7 @@ OPERATIONS: Final = (
     ),
     Operation("GET", "/metrics", "figures", "figures for Prometheus", _TEXT, kind="text/plain"),
     Operation("GET", "/metrics/triton", "figures", "those of models by Triton's names", _TEXT, kind="text/plain"),
+    Operation("GET", "/debug", "figures", "the process as it is now", _ANY_OBJECT),
     Operation(
         "GET",
         "/v2/cron/jobs",

@@ -12,14 +12,16 @@ import resource
 import signal
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from kapsl_scheduler.app_http import Listening, listen, serve_http, tls_options
+from kapsl_scheduler.app_http import Listening, listen, serve_http, server_version, tls_options
 from kapsl_scheduler.app_jobs import Jobs, faults_of_jobs
 from kapsl_scheduler.app_kapsl import kapsl_listeners
 from kapsl_scheduler.app_models import Models
 from kapsl_scheduler.app_sources import open_all, start_source
+from kapsl_scheduler.app_tracing import tracing_to
 from kapsl_scheduler.config import Config, load_config
 from kapsl_scheduler.errors import InvalidPackage
 from kapsl_scheduler.runtime.registry import ModelRegistry
@@ -74,12 +76,13 @@ async def serve(
         kapsl_listeners(config.server) as sockets,
     ):
         async with (
-            ModelRegistry(start_source, placed=jobs.start) as registry,
+            tracing_to(config.tracing, server_version()) as tracing,
+            ModelRegistry(partial(start_source, tracing=tracing), placed=jobs.start) as registry,
             jobs.over(registry) as cron,
             Models(config, registry, jobs, Path(workdir)) as loading,
         ):
             if await _done_before(stop, loading.load(models, engines)):
-                await serve_http(config, registry, cron, loading, listener, sockets, announce, stop)
+                await serve_http(config, registry, cron, loading, listener, sockets, announce, stop, tracing)
 
 
 async def check(config: Config, models: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 import uvicorn
@@ -45,7 +45,10 @@ from kapsl_scheduler.server.oip_http import OipApi
 from kapsl_scheduler.server.openai import OpenAiApi
 from kapsl_scheduler.server.service import Service
 
-__all__ = ["Listening", "listen", "serve_http", "tls_options"]
+if TYPE_CHECKING:
+    from kapsl_scheduler.server.tracing import Tracing
+
+__all__ = ["Listening", "listen", "serve_http", "server_version", "tls_options"]
 
 _log = logging.getLogger(__name__)
 
@@ -99,8 +102,9 @@ async def serve_http(
     sockets: Sequence[socket.socket],
     announce: Callable[[Listening], None],
     stop: asyncio.Event,
+    tracing: Tracing | None,
 ) -> None:
-    service = Service(registry, version=_version(), max_in_flight=config.server.max_in_flight)
+    service = Service(registry, version=server_version(), max_in_flight=config.server.max_in_flight, tracing=tracing)
     max_body_bytes = config.server.max_body_bytes
     parts: list[Part] = [
         OipApi(service, reload=models.reload, unload=models.unload),
@@ -160,6 +164,8 @@ async def serve_http(
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(server.serve([listener]))
         sweeping = group.create_task(_sweep(server, kapsl, settings.client_patience))
+        if tracing is not None and cron is not None:
+            group.create_task(tracing.follow(cron.events()))  # until the scheduler of the jobs is closed
         await stop.wait()
         service.draining = True
         models.stop()
@@ -215,7 +221,8 @@ async def _sweep(server: uvicorn.Server, kapsl: KapslSocket, patience: float) ->
         kapsl.close_stalled(patience)
 
 
-def _version() -> str:
+def server_version() -> str:
+    """The installed version of this package."""
     try:
         return version("kapsl-scheduler")
     except PackageNotFoundError:  # run from a source tree that is not installed

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kapsl_scheduler.config import (
     Config,
@@ -22,6 +22,9 @@ from kapsl_scheduler.engines.onnx import OnnxEngine, usable_providers
 from kapsl_scheduler.errors import ModelLoadError
 from kapsl_scheduler.packages import LoadedPackage, Manifest, load_model
 from kapsl_scheduler.runtime.scheduler import DRAIN, Scheduler
+
+if TYPE_CHECKING:
+    from kapsl_scheduler.server.tracing import Tracing
 
 __all__ = [
     "Source",
@@ -106,7 +109,7 @@ class _SourceScheduler(Scheduler):
     """A scheduler of what is to be served. It takes along what its package was unpacked to when it closes, so that a
     model that was replaced leaves no files behind."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, tracing: Tracing | None) -> None:
         settings = source.settings
         super().__init__(
             source.engines if source.package is None else [engine_of(source)],
@@ -114,6 +117,7 @@ class _SourceScheduler(Scheduler):
             queue=settings.queue_policy(),
             workers_per_engine=settings.workers,
             default_priority=settings.priority(),
+            observer=None if tracing is None else tracing.observer(source.name),
         )
         self._package = source.package
 
@@ -125,9 +129,9 @@ class _SourceScheduler(Scheduler):
                 await asyncio.to_thread(self._package.remove)
 
 
-async def start_source(source: Source) -> Scheduler:
+async def start_source(source: Source, tracing: Tracing | None = None) -> Scheduler:
     try:
-        return await _SourceScheduler(source).__aenter__()
+        return await _SourceScheduler(source, tracing).__aenter__()
     except BaseException:
         if source.package is not None:
             source.package.remove()

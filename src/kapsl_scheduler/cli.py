@@ -29,7 +29,16 @@ from kapsl_scheduler.cli_frame import (
 )
 from kapsl_scheduler.cli_jobs import explain, jobs
 from kapsl_scheduler.cli_token import token
-from kapsl_scheduler.config import CRON_PREFIX, CronSettings, ModelSettings, ServerSettings, load_config, options
+from kapsl_scheduler.config import (
+    CRON_PREFIX,
+    TRACING_PREFIX,
+    CronSettings,
+    ModelSettings,
+    ServerSettings,
+    TracingSettings,
+    load_config,
+    options,
+)
 from kapsl_scheduler.server.loop import run_coroutine
 from kapsl_scheduler.types import InferenceRequest, Priority, dtype_name
 
@@ -67,6 +76,10 @@ _HELP: Final[Mapping[str, str]] = {
     "cron_history_keep": "Runs that are kept of each job.",
     "cron_history_max_age": "Seconds that runs are kept.",
     "cron_max_concurrent_runs": "Most runs of jobs at a time.",
+    "tracing_exporter": "Where spans go for OpenTelemetry: none, console or otlp.",
+    "tracing_endpoint": "URL for spans by OTLP over HTTP, such as http://collector:4318/v1/traces.",
+    "tracing_sample_ratio": "Fraction of requests that are traced, where their caller does not say.",
+    "tracing_service_name": "What the server is called in traces.",
     "max_batch_size": "Most rows in one call of a model.",
     "max_queue_delay": "Seconds that requests below live ones may wait for a batch to fill.",
     "preferred_batch_sizes": "Sizes to fill batches to, such as 8,16.",
@@ -112,6 +125,7 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     sections: tuple[tuple[str, type[msgspec.Struct]], ...] = (
         ("", ServerSettings),
         (CRON_PREFIX, CronSettings),
+        (TRACING_PREFIX, TracingSettings),
         ("", ModelSettings),
     )
     fields = [(prefix + field.name, field) for prefix, kind in sections for field in options(kind)]

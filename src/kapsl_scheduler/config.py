@@ -2,9 +2,10 @@
 
 What is not here: what the settings are used for (`app`) and the options' help texts (`cli`).
 
-A file is TOML: `[server]`, `[cron]`, `[model]` for every model, `[models.NAME]` for one. The environment has the same
-keys as `KAPSL_<KEY>`, those of `[cron]` as `KAPSL_CRON_<KEY>`; a flag or a variable that sets a key of `[model]` sets
-it for every model. Tables within these (`[cron.callables]`) are in the file only.
+A file is TOML: `[server]`, `[cron]`, `[tracing]`, `[model]` for every model, `[models.NAME]` for one. The environment
+has the same keys as `KAPSL_<KEY>`, those of `[cron]` and `[tracing]` as `KAPSL_CRON_<KEY>` and `KAPSL_TRACING_<KEY>`; a
+flag or a variable that sets a key of `[model]` sets it for every model. Tables within these (`[cron.callables]`) are in
+the file only.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from kapsl_scheduler.types import Priority
 
 __all__ = [
     "CRON_PREFIX",
+    "TRACING_PREFIX",
     "Config",
     "ConfigError",
     "CronSettings",
     "ModelSettings",
     "ServerSettings",
+    "TracingSettings",
     "load_config",
     "options",
 ]
@@ -43,6 +46,8 @@ TOKEN_VARIABLE: Final = "KAPSL_TOKEN"
 _OTHER_VARIABLES: Final = frozenset({_FILE_VARIABLE, _TOKENS_VARIABLE, TOKEN_VARIABLE})
 CRON_PREFIX: Final = "cron_"
 """What stands before the keys of `[cron]` where there are no sections: in flags and variables."""
+TRACING_PREFIX: Final = "tracing_"
+"""Likewise of `[tracing]`."""
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Path = Annotated[str, msgspec.Meta(min_length=1)]
@@ -110,6 +115,17 @@ class CronSettings(msgspec.Struct, frozen=True, kw_only=True):
     callables: dict[str, str] = {}
 
 
+class TracingSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Traces for OpenTelemetry. `exporter` is where spans go: nowhere, to the log's console, or by OTLP over HTTP to
+    `endpoint` (None: where OTEL_EXPORTER_OTLP_ENDPOINT says, else this machine). `sample_ratio` is the fraction of
+    requests that are traced, of those whose caller does not decide it."""
+
+    exporter: Literal["none", "console", "otlp"] = "none"
+    endpoint: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    sample_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    service_name: Annotated[str, msgspec.Meta(min_length=1)] = "kapsl-scheduler"
+
+
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One model: the fields of `BatchPolicy` and `QueuePolicy`, the class of requests that name none, and how
     many calls run side by side (`workers`) on how many threads each (`threads`). Times are in seconds."""
@@ -173,6 +189,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     server: ServerSettings = ServerSettings()
     tokens: tuple[Token, ...] = ()
     cron: CronSettings = CronSettings()
+    tracing: TracingSettings = TracingSettings()
     state_directory: Path | None = None
     model: ModelSettings = ModelSettings()
     models: Mapping[str, ModelSettings] = {}
@@ -180,7 +197,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     def settings(self) -> Iterator[Setting]:
         """Every setting: its name, its value, and where that comes from."""
-        sections: dict[str, msgspec.Struct] = {"server": self.server, "cron": self.cron, "model": self.model}
+        sections: dict[str, msgspec.Struct] = {
+            "server": self.server,
+            "cron": self.cron,
+            "tracing": self.tracing,
+            "model": self.model,
+        }
         sections |= {f"models.{name}": settings for name, settings in self.models.items()}
         for section, settings in sections.items():
             for key, value in msgspec.structs.asdict(settings).items():
@@ -199,7 +221,7 @@ class _Given(NamedTuple):
 
 
 _Layer = dict[str, _Given]
-Settings = TypeVar("Settings", ServerSettings, CronSettings, ModelSettings)
+Settings = TypeVar("Settings", ServerSettings, CronSettings, TracingSettings, ModelSettings)
 
 
 def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> Config:
@@ -217,11 +239,13 @@ def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], fil
     layers: dict[str, _Layer] = {
         "server": tables.server | _only(overriding, ServerSettings),
         "cron": tables.cron | _only(overriding, CronSettings, CRON_PREFIX),
+        "tracing": tables.tracing | _only(overriding, TracingSettings, TRACING_PREFIX),
         "model": tables.model | of_all,
         **{f"models.{name}": tables.model | table | of_all for name, table in tables.models.items()},
     }
     server = _settings(ServerSettings, layers["server"], faults)
     cron = _settings(CronSettings, layers["cron"], faults)
+    tracing = _settings(TracingSettings, layers["tracing"], faults)
     model = _settings(ModelSettings, layers["model"], faults)
     models = {name: _settings(ModelSettings, layers[f"models.{name}"], faults) for name in tables.models}
     tokens: list[Token] = []
@@ -245,6 +269,7 @@ def load_config(*, flags: Mapping[str, Any], environment: Mapping[str, str], fil
         server=server or ServerSettings(),
         tokens=tuple(tokens),
         cron=cron or CronSettings(),
+        tracing=tracing or TracingSettings(),
         state_directory=_state_directory(environment),
         model=model or ModelSettings(),
         models={name: settings for name, settings in models.items() if settings is not None},
@@ -302,6 +327,7 @@ def options(settings: type[msgspec.Struct]) -> list[msgspec.structs.FieldInfo]:
 class _Tables(NamedTuple):
     server: _Layer
     cron: _Layer
+    tracing: _Layer
     model: _Layer
     models: dict[str, _Layer]
 
@@ -317,7 +343,9 @@ def _only(layer: _Layer, settings: type[msgspec.Struct], prefix: str = "") -> _L
 def _from_environment(environment: Mapping[str, str], faults: list[str]) -> _Layer:
     of_server = [field.name for field in options(ServerSettings)]
     of_cron = [CRON_PREFIX + field.name for field in options(CronSettings)]
-    valid = {_PREFIX + key.upper(): key for key in (*of_server, *of_cron, *_keys(ModelSettings))}
+    of_tracing = [TRACING_PREFIX + key for key in _keys(TracingSettings)]
+    keys = (*of_server, *of_cron, *of_tracing, *_keys(ModelSettings))
+    valid = {_PREFIX + key.upper(): key for key in keys}
     layer = {}
     for variable, value in environment.items():
         if not variable.startswith(_PREFIX) or variable in _OTHER_VARIABLES:
@@ -330,7 +358,7 @@ def _from_environment(environment: Mapping[str, str], faults: list[str]) -> _Lay
 
 
 def _read_toml(file: Path | None, faults: list[str]) -> _Tables:
-    tables = _Tables({}, {}, {}, {})
+    tables = _Tables({}, {}, {}, {}, {})
     if file is None:
         return tables
     try:
@@ -352,6 +380,8 @@ def _read_toml(file: Path | None, faults: list[str]) -> _Tables:
             tables.server.update(_from_table(where, table, ServerSettings, faults))
         elif section == "cron":
             tables.cron.update(_from_table(where, table, CronSettings, faults))
+        elif section == "tracing":
+            tables.tracing.update(_from_table(where, table, TracingSettings, faults))
         else:
             tables.model.update(_from_table(where, table, ModelSettings, faults))
     return tables

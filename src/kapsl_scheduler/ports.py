@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
+from kapsl_scheduler.core.batch import Pending
 from kapsl_scheduler.core.queue import QueueOverflowPolicy
 from kapsl_scheduler.core.runs import Change, Firing, JobRecord, Run, RunState
 from kapsl_scheduler.types import EngineMetrics, InferenceResponse, ModelInfo, Priority, Tensors
@@ -108,9 +109,12 @@ class Clock(Protocol):
 
 
 class Observer(Protocol):
-    """Told of each engine call, on the loop's thread. An absent observer costs a None check."""
+    """Told of each engine call, on the loop's thread. An absent observer costs a None check. `members` are the requests
+    that were in it: to be read, and not kept."""
 
-    def on_call(self, *, rows: int, requests: int, started: float, elapsed: float, failed: bool) -> None: ...
+    def on_call(
+        self, *, rows: int, requests: int, started: float, elapsed: float, failed: bool, members: Sequence[Pending]
+    ) -> None: ...
 
 
 class ReplicaScheduler(Protocol):

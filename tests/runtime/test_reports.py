@@ -252,6 +252,8 @@ async def test_an_observer_is_told_of_every_call() -> None:
     async with virtual_scheduler(engine, observer=diary) as scheduler:
         await scheduler.infer_many([numbered(1, rows=2), numbered(2)])
         await asyncio.gather(scheduler.infer(numbered(POISON)), return_exceptions=True)
+    members = [[item.rows for item in call.pop("members")] for call in diary.calls]
+    assert members == [[2, 1], [1]]
     assert diary.calls == [
         {"rows": 3, "requests": 2, "started": 0.0, "elapsed": pytest.approx(CALL), "failed": False},
         {"rows": 1, "requests": 1, "started": pytest.approx(CALL), "elapsed": pytest.approx(CALL), "failed": True},

@@ -21,6 +21,7 @@ from kapsl_scheduler.server.http import HttpApi, Part
 from kapsl_scheduler.server.metrics import Metrics
 from kapsl_scheduler.server.oip_http import OipApi
 from kapsl_scheduler.server.service import Service
+from kapsl_scheduler.server.tracing import Tracing
 
 Function = Callable[..., Any]
 
@@ -48,7 +49,7 @@ class Server:
     """The application over one model named `m`, and a client of it."""
 
     def __init__(
-        self, registry: ModelRegistry[Function], scheduler: Scheduler, cron: CronScheduler | None = None, **limits: int
+        self, registry: ModelRegistry[Function], scheduler: Scheduler, cron: CronScheduler | None = None, **limits: Any
     ) -> None:
         self.registry = registry
         self.scheduler = scheduler
@@ -75,10 +76,11 @@ def api_over(
     max_in_flight: int = 4096,
     guard: Guard | None = None,
     access_log: bool = False,
+    tracing: Tracing | None = None,
     **repository: Any,
 ) -> HttpApi:
     """The application as the server puts it together. `repository` may have `reload` and `unload`."""
-    service = Service(registry, version=version, max_in_flight=max_in_flight)
+    service = Service(registry, version=version, max_in_flight=max_in_flight, tracing=tracing)
     parts: list[Part] = [OipApi(service, **repository)]
     if cron is not None:
         parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
@@ -115,6 +117,7 @@ async def serving(
     max_body_bytes: int = 10_000,
     max_in_flight: int = 4096,
     max_batch_size: int = 32,
+    tracing: Tracing | None = None,
     **policy: Any,
 ) -> AsyncIterator[Server]:
     schedulers = []
@@ -129,12 +132,14 @@ async def serving(
         )
         queue = QueuePolicy(overflow=QueueOverflowPolicy.DROP_NEWEST, **policy)
         batch = BatchPolicy(max_batch_size=max_batch_size)
-        schedulers.append(await Scheduler([engine], batch=batch, queue=queue).__aenter__())
+        observer = None if tracing is None else tracing.observer("m")
+        schedulers.append(await Scheduler([engine], batch=batch, queue=queue, observer=observer).__aenter__())
         return schedulers[-1]
 
     async with ModelRegistry(start) as registry:
         await registry.load("m", function)
-        server = Server(registry, schedulers[0], max_body_bytes=max_body_bytes, max_in_flight=max_in_flight)
+        limits = {"max_body_bytes": max_body_bytes, "max_in_flight": max_in_flight}
+        server = Server(registry, schedulers[0], tracing=tracing, **limits)
         async with server.client:
             yield server
 

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from kapsl_scheduler import app, app_jobs, app_models, app_sources
-from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSettings
+from kapsl_scheduler.app_tracing import tracing_to
+from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSettings, TracingSettings
 from kapsl_scheduler.core.jobs import CronJob, Named
 from kapsl_scheduler.core.wire import encode_tensor
 from kapsl_scheduler.demo.run import PACKAGE
@@ -457,3 +458,14 @@ async def test_a_version_that_cannot_be_loaded_anew_keeps_no_other_from_it(tmp_p
         assert after[0] is before[0]
         assert (after[1].info.version, after[1] is before[1]) == ("2", False)
         assert len(list((tmp_path / "unpacked").iterdir())) == 2
+
+
+async def test_tracing_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("opentelemetry")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, "kapsl_scheduler.server.tracing", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+
+    with pytest.raises(ConfigError, match=r"opentelemetry.* is not installed: pip install 'kapsl-scheduler\[otel\]'"):
+        async with tracing_to(TracingSettings(exporter="otlp"), "1.2.3"):
+            pass

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSettings, ServerSettings, load_config
+from kapsl_scheduler.config import (
+    Config,
+    ConfigError,
+    CronSettings,
+    ModelSettings,
+    ServerSettings,
+    TracingSettings,
+    load_config,
+)
 from kapsl_scheduler.core.batch import BatchPolicy
 from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
 from kapsl_scheduler.server.access import Role, made_token
@@ -101,7 +109,7 @@ def test_every_fault_is_reported_with_its_place_and_unknown_keys_with_the_neares
         f"{file}: server: there is no key 'prt'; the nearest valid key is 'port'",
         f"{file}: model: there is no key 'max_batchsize'; the nearest valid key is 'max_batch_size'",
         f"{file}: models.a: expected a table, got 1",
-        f"{file}: there is no key 'extra'; the nearest valid key is 'server'",
+        f"{file}: there is no key 'extra'; the nearest valid key is 'tracing'",
         f"{file}: server.drain: Expected `float`, got 'x'",
         "--port: Expected `int` <= 65535, got '70000'",
         "KAPSL_WORKERS: Expected `int`, got 'many'",
@@ -261,3 +269,23 @@ def test_functions_for_jobs_are_a_table_of_texts(file: Path, table: str) -> None
 )
 def test_state_is_where_the_system_keeps_it(environment: dict[str, str], folder: str) -> None:
     assert load_config(flags={}, environment=environment).state_directory == Path(folder)
+
+
+def test_settings_of_traces_come_from_every_place_and_are_shown(tmp_path: Path) -> None:
+    file = tmp_path / "kapsl.toml"
+    file.write_text("[tracing]\nexporter = 'otlp'\nservice_name = 'x'\nsample_ratio = 1\n")
+
+    config = load_config(
+        flags={"tracing_service_name": "digits"}, environment={"KAPSL_TRACING_SAMPLE_RATIO": "0.5"}, file=file
+    )
+
+    assert config.tracing == TracingSettings(exporter="otlp", sample_ratio=0.5, service_name="digits")
+    shown = {name: (value, where) for name, value, where in config.settings() if name.startswith("tracing.")}
+    assert shown == {
+        "tracing.exporter": ("otlp", f"{file}: tracing.exporter"),
+        "tracing.endpoint": (None, "default"),
+        "tracing.sample_ratio": (0.5, "KAPSL_TRACING_SAMPLE_RATIO"),
+        "tracing.service_name": ("digits", "--tracing-service-name"),
+    }
+    with pytest.raises(ConfigError, match="KAPSL_TRACING_SAMPLE_RATIO: "):
+        load_config(flags={}, environment={"KAPSL_TRACING_SAMPLE_RATIO": "2"})

@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from kapsl_scheduler.app_jobs import Jobs
 from kapsl_scheduler.app_models import Models
@@ -28,6 +30,7 @@ from kapsl_scheduler.runtime.registry import ModelRegistry
 from kapsl_scheduler.server.http import HttpApi
 from kapsl_scheduler.server.kapsl_http import KapslApi
 from kapsl_scheduler.server.service import Service
+from kapsl_scheduler.server.tracing import Tracing
 from tests.e2e.process import DIGITS
 from tests.server.api import Gate, assert_error, exchange, settled, until
 
@@ -299,6 +302,25 @@ async def test_an_inference_that_cannot_be_says_why(tmp_path: Path, body: Any, f
     async with serving(tmp_path) as served:
         assert fault in assert_error(await served.post("/models/0/infer", body), 400, "invalid_input")
         assert served.service.in_flight == 0
+
+
+async def test_an_inference_is_traced_as_its_caller_asks(tmp_path: Path) -> None:
+    spans = InMemorySpanExporter()
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    async with serving(tmp_path) as served:
+        served.service.tracing = Tracing(SimpleSpanProcessor(spans), version="1", sample_ratio=0.0)
+        for asked, sampled in ((tensor(), 1), (tensor(PIXELS[:, :63]), 1), (tensor(), 0)):
+            headers = {"traceparent": f"00-{trace}-{parent}-0{sampled}"}
+            await served.client.post("/models/0/infer", json={"input": asked}, headers=headers)
+        await served.post("/models/0/infer", {"input": tensor()})
+
+    roots = [span for span in spans.get_finished_spans() if span.name == "POST /api/models/{id}/infer"]
+    assert [(root.attributes or {})["http.response.status_code"] for root in roots] == [200, 400]
+    assert {(root.attributes or {})["kapsl.model"] for root in roots} == {"digits"}
+    assert {f"{root.context.trace_id:032x}" for root in roots} == {trace}
+    (queue,) = [span for span in spans.get_finished_spans() if span.name == "queue"]
+    assert queue.parent is not None
+    assert queue.parent.span_id == roots[0].context.span_id
 
 
 async def test_an_inference_of_another_version_or_too_large_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Exemplar
@@ -20,6 +22,7 @@ from kapsl_scheduler.runtime.metrics import Latencies
 from kapsl_scheduler.runtime.registry import ModelRegistry
 from kapsl_scheduler.server.http_figures import HttpFigures
 from kapsl_scheduler.server.metrics_models import histogram
+from kapsl_scheduler.server.tracing import Tracing
 from tests.server.api import Gate, Server, api_over, body_of, double, serving, serving_jobs, until
 from tests.server.test_cron_http import put
 from tests.server.test_metrics import scraped, value
@@ -194,16 +197,19 @@ async def test_a_name_with_quotes_is_a_label_all_the_same() -> None:
 
 
 async def test_versions_of_a_model_have_their_own_series() -> None:
+    spans = InMemorySpanExporter()
+    tracing = Tracing(SimpleSpanProcessor(spans), version="1.2.3")
+
     async def start(version: str) -> Scheduler:
         inputs, outputs = {"x": ("float32", (None, 2))}, {"y": ("float32", (None, 2))}
         engine = CallableEngine(double, version=version, inputs=inputs, outputs=outputs)
-        return await Scheduler([engine]).__aenter__()
+        return await Scheduler([engine], observer=tracing.observer("m")).__aenter__()
 
     async with ModelRegistry(start) as registry:
         for version in ("3", "4"):
             await registry.load("m", version)
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(api_over(registry)), base_url="http://server"
+            transport=httpx.ASGITransport(api_over(registry, tracing=tracing)), base_url="http://server"
         ) as client:
             for path in ("/v2/models/m", "/v2/models/m", "/v2/models/m/versions/3"):
                 assert (await client.post(f"{path}/infer", content=body_of())).status_code == 200
@@ -220,6 +226,10 @@ async def test_versions_of_a_model_have_their_own_series() -> None:
         assert f'nv_inference_request_success{{model="m",version="{version}"}} {count}' in triton.splitlines()
     keys = [(sample.name, *sorted(sample.labels.items())) for family in families.values() for sample in family.samples]
     assert len(keys) == len(set(keys))
+    samples = families["kapsl_request_latency_seconds"].samples
+    assert {sample.labels["version"] for sample in samples if sample.exemplar is not None} == {"3", "4"}
+    batches = [dict(span.attributes or {}) for span in spans.get_finished_spans() if span.name == "batch"]
+    assert [batch["kapsl.model.version"] for batch in batches] == ["4", "4", "3"]
 
 
 async def full_page(server: Server, accept: str = "") -> str:

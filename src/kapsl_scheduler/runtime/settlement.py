@@ -145,6 +145,7 @@ class Settlement:
                     started=batch.started,
                     elapsed=outcome.elapsed,
                     failed=outcome.error is not None,
+                    members=batch.members,
                 )
             except Exception:
                 logger.exception("the observer failed")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from time import perf_counter_ns
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,11 +20,14 @@ from kapsl_scheduler.errors import EngineError, InvalidInput
 from kapsl_scheduler.server.access import Guard
 from kapsl_scheduler.server.answers import Answer, error_answer, response_of
 from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body
-from kapsl_scheduler.server.http_figures import HttpFigures
+from kapsl_scheduler.server.http_figures import INFER_ROUTE, HttpFigures
 from kapsl_scheduler.server.oip import InferCall, decode_request, encode_reply
 from kapsl_scheduler.server.presence import while_connected
 from kapsl_scheduler.server.service import Service
 from kapsl_scheduler.types import Array, InferenceResponse, ModelInfo
+
+if TYPE_CHECKING:
+    from kapsl_scheduler.server.tracing import RequestTrace
 
 __all__ = ["Inference"]
 
@@ -57,9 +60,35 @@ class Inference:
         self.access_log = access_log
         self.http = http or HttpFigures()
 
-    async def answer(self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes) -> Answer:
+    def answer(
+        self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes
+    ) -> Coroutine[Any, Any, Answer]:
         """What to answer a request for a model; every error but a cancellation is an answer too. Cancelling it takes
         the request back."""
+        tracing = self.service.tracing
+        if tracing is not None and (trace := tracing.begin("POST", INFER_ROUTE, name, headers)) is not None:
+            return self._traced(name, version, headers, body, trace)
+        return self._answer(name, version, headers, body)
+
+    async def _traced(
+        self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes, trace: RequestTrace
+    ) -> Answer:
+        status = 499  # if it is cancelled, as the client has gone
+        try:
+            answer = await self._answer(name, version, headers, body, trace)
+            status = answer.status
+        finally:
+            trace.end(status)
+        return answer
+
+    async def _answer(
+        self,
+        name: str,
+        version: str,
+        headers: Mapping[bytes, bytes],
+        body: bytes,
+        trace: RequestTrace | None = None,
+    ) -> Answer:
         begun = perf_counter_ns()
         service = self.service
         registry = service.registry
@@ -74,7 +103,7 @@ class Inference:
             else:
                 call = decode_request(body, header_length, model=model.info)
             read = perf_counter_ns()
-            response = await service.infer(model, call)
+            response = await service.infer(model, call, trace)
             done = perf_counter_ns()
             answer = await _written(model.info, name, response.outputs, call)
             if _TIMING in headers:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Route
 
 from kapsl_scheduler.core.wire import WireTensor, decode_tensor
 from kapsl_scheduler.errors import EngineError, InvalidInput, ModelNotLoaded
-from kapsl_scheduler.server.answers import JSON, json_response
+from kapsl_scheduler.server.answers import JSON, json_response, status_of
 from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, read_body
 from kapsl_scheduler.server.kapsl_call import Answered, KapslRequest, Metadata, answer_of, call_of, model_of
 from kapsl_scheduler.server.model_ids import MAX_ID, ModelIds
@@ -31,8 +31,12 @@ from kapsl_scheduler.server.service import Figures, Service
 
 __all__ = ["KapslApi", "KnownModel", "Repository"]
 
+if TYPE_CHECKING:
+    from kapsl_scheduler.server.tracing import RequestTrace
+
 Asked = TypeVar("Asked", bound=msgspec.Struct)
 
+_INFER_ROUTE: Final = "/api/models/{id}/infer"
 _ORDER_BYTES: Final = 64 << 10  # a request to load or to scale says next to nothing
 _LONG_ANSWER: Final = 64 << 10  # bytes whose numbers take more than a few milliseconds
 
@@ -122,7 +126,7 @@ class KapslApi:
             Route(model + "/remove", self._remove, methods=["POST"]),
             Route(model + "/scaling", self._scaling),
             Route(model + "/scaling", self._scale, methods=["POST"]),
-            Route(model + "/infer", self._infer, methods=["POST"]),
+            Route(_INFER_ROUTE, self._infer, methods=["POST"]),
             Route("/api/system/stats", self._stats),
             Route("/api/hardware", self._hardware),
         ]
@@ -200,25 +204,33 @@ class KapslApi:
         service = self._service
         service.enter()
         begun, figures = perf_counter_ns(), Figures()
+        trace: RequestTrace | None = None
+        status = 499  # if it is cancelled, as the server ends
         try:
             id = _id(request)
-            model_of(service, self._ids, id)  # before much is read for nobody
+            model = model_of(service, self._ids, id)  # before much is read for nobody
+            if service.tracing is not None:
+                trace = service.tracing.begin("POST", _INFER_ROUTE, model.name, dict(request.scope["headers"]))
             body = await read_body(request.scope, request.receive, self._max_body_bytes)
             asked = await beside_the_loop(len(body) > LONG_BODY, _decoded, body)
             model = model_of(service, self._ids, id, asked.metadata.model_version)
             figures = service.figures_of(model)
             call = call_of(asked, model, None)
             read = perf_counter_ns()
-            response = await while_connected(request.receive, service.infer(model, call))
+            response = await while_connected(request.receive, service.infer(model, call, trace))
             done = perf_counter_ns()
             answer = answer_of(response)
             written = await beside_the_loop(len(answer.data) > _LONG_ANSWER, _encoded, answer)
             figures.succeeded(begun, read, done, response)
+            status = 200
         except EngineError as error:
             figures.failed(begun, error)
+            status = status_of(error)
             raise
         finally:
             service.leave()
+            if trace is not None:
+                trace.end(status)
         return Response(written, media_type=JSON)
 
     # --------------------------------------------------------------------------------------------- the machine

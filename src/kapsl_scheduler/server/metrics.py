@@ -56,9 +56,12 @@ class Metrics:
         encode, kind = choose_encoder(accept)
         service = self._service
         connections = None if self._connections is None else self._connections()
+        exemplars = {} if service.tracing is None else service.tracing.exemplars()
         registry = CollectorRegistry()
         registry.register(_BuildCollector(service.version))
-        registry.register(ModelsCollector(server_figures(service, self.http, connections), figures_of(service), {}))
+        registry.register(
+            ModelsCollector(server_figures(service, self.http, connections), figures_of(service), exemplars)
+        )
         if self._cron is not None:
             registry.register(_CronCollector(self._cron.statistics(), self._cron.figures.copy()))
         registry.register(self._process)

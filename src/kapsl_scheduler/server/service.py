@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from kapsl_scheduler.errors import ModelNotLoaded, Overloaded, Unavailable
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.server.answers import status_of
 from kapsl_scheduler.server.oip import InferCall, check_outputs
 from kapsl_scheduler.types import InferenceResponse
+
+if TYPE_CHECKING:
+    from kapsl_scheduler.server.tracing import RequestTrace, Tracing
 
 __all__ = ["Figures", "Flight", "Service"]
 
@@ -107,13 +110,22 @@ class Flight:
 class Service:
     """The models of a server, for its protocols.
 
-    At most `max_in_flight` inference requests are in it at a time, beyond which they are refused. While it is
-    `draining` it says that it is not ready; requests that come all the same are answered.
+    `tracing` is where those who answer requests begin their traces, None if there are none. At most `max_in_flight`
+    inference requests are in it at a time, beyond which they are refused. While it is `draining` it says that it is not
+    ready; requests that come all the same are answered.
     """
 
-    def __init__(self, registry: ModelRegistry[Any], *, version: str, max_in_flight: int = 4096) -> None:
+    def __init__(
+        self,
+        registry: ModelRegistry[Any],
+        *,
+        version: str,
+        max_in_flight: int = 4096,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.registry = registry
         self.version = version
+        self.tracing = tracing
         self.draining = False
         self.in_flight = 0
         self.max_in_flight = max_in_flight
@@ -147,12 +159,14 @@ class Service:
             figures = self._figures[key] = Figures()
         return figures
 
-    async def infer(self, model: ServedModel, call: InferCall) -> InferenceResponse:
-        """The model's answer. Raises what the scheduler raises, and `InvalidInput` for an output that there is none
-        of. Cancelling it takes the request back."""
+    async def infer(self, model: ServedModel, call: InferCall, trace: RequestTrace | None = None) -> InferenceResponse:
+        """The model's answer, told to the `trace` that was begun for the request. Raises what the scheduler raises, and
+        `InvalidInput` for an output that there is none of. Cancelling it takes the request back."""
         info, request = model.info, call.request
         if call.outputs and info.outputs:
             check_outputs(call.outputs, (spec.name for spec in info.outputs))
+        if trace is not None:
+            return await trace.through(model, call)
         asked: Any = request
         if len(request.inputs) == 1 and request.session_id is None and request.metadata is None:
             asked = request.inputs  # a lone array takes the shortest way

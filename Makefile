@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SECONDS ?= 20
 
-.PHONY: demo serve test check fmt stress screenshots bench clean
+.PHONY: demo serve test check fmt stress screenshots bench soak clean
 
 demo: $(VENV)/.run  ## the digits model over HTTP, live and throughput traffic at once
 	$(BIN)/kapsl-scheduler demo --seconds $(SECONDS)
@@ -33,6 +33,9 @@ screenshots: $(VENV)/.dev  ## pictures of the dashboard, on a desk and on a phon
 
 bench: $(VENV)/.bench  ## speed against the engine and against other batchers; see docs/benchmarks.md
 	$(BIN)/python -m benchmarks all --peers
+
+soak: $(VENV)/.run  ## a server at 0.8 of its capacity for ten minutes: memory, and what became of every request
+	$(BIN)/python -m benchmarks soak --check
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*

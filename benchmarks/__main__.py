@@ -23,6 +23,7 @@ from benchmarks import (
     overload,
     queue10k,
     serial,
+    soak,
     store,
     streams,
 )
@@ -49,6 +50,7 @@ SUITES: Final[dict[str, tuple[Callable[[Any], Report], Any]]] = {
     "door": (door.run, door.Options()),
     "crowd": (crowd.run, crowd.Options()),
     "streams": (streams.run, streams.Options()),
+    "soak": (soak.run, soak.Options()),
 }
 """How each suite is run, and its options where the command line gives none."""
 
@@ -81,7 +83,8 @@ def _run_suites(parsed: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(parsed).items() if value is not None}
     check_peers(given.setdefault("peers", installed_peers()))
     missed = []
-    for name in SUITES if parsed.suite == "all" else [parsed.suite]:
+    # A soak takes as long as all others together, and is of a server.
+    for name in [each for each in SUITES if each != "soak"] if parsed.suite == "all" else [parsed.suite]:
         run, defaults = SUITES[name]
         neighbours = Neighbours()
         report = run(_options(defaults, given, quick=parsed.quick))
@@ -188,6 +191,8 @@ def _add_suite(suite: argparse.ArgumentParser, name: str) -> None:
         suite.add_argument("--live", choices=("closed", "poisson"), help="how live requests come")
     if "jobs" in fields:
         suite.add_argument("--jobs", type=int, help="that are due at once")
+    if "share" in fields:
+        suite.add_argument("--share", type=float, help="of its capacity that a server gets to do; 0.8 without it")
     if "multiples" in fields:
         suite.add_argument("--multiples", type=_fractions, help="offered load over capacity, as 0.5,1,2")
         suite.add_argument("--patterns", type=_names, help=f"of {','.join(overload.PATTERNS)}")

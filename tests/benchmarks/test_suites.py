@@ -97,6 +97,7 @@ SHORT = {
     "cron-next": [],
     "cron": ["--loops", "asyncio", "--jobs", "100", "--seconds", "1.2"],
     "cron-live": ["--loops", "asyncio", "--seconds", "0.3", "--warmup", "0.1"],
+    "soak": ["--seconds", "1", "--warmup", "0.3", "--share", "0.1"],
 }
 
 

@@ -1,5 +1,6 @@
 """Suite `door`: the digits model over HTTP, one digit a request, by the real server in a process of its own: tensors as
-bytes and as JSON, against mosec, whose front is written in Rust, where it is installed.
+bytes and as JSON, against other servers of models where they are installed: mosec, whose front is written in Rust,
+LitServe, BentoML and Ray Serve.
 
 Client and servers share the cores. Each server answers the same client, which reads no more of an answer than it must,
 and is asked on 1, 32 and 128 connections that each have one request at a time.
@@ -13,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from importlib import util
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.devices import DIGITS
+from benchmarks.door_peers import PEERS, installed
 from benchmarks.loops import run_on
 from benchmarks.report import Label, Report
 from benchmarks.servers import process_of
@@ -29,36 +30,6 @@ from benchmarks.stats import percentile
 __all__ = ["Options", "binary_request", "run"]
 
 CONNECTIONS: Final = (1, 32, 128)
-
-MOSEC: Final = """
-import sys
-import numpy as np
-import onnxruntime
-from mosec import Server, Worker
-
-class Digits(Worker):
-    def __init__(self):
-        super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession({model!r}, options)
-        self.input = self.session.get_inputs()[0].name
-
-    def deserialize(self, data):
-        return np.frombuffer(data, np.float32)
-
-    def serialize(self, data):
-        return data.tobytes()
-
-    def forward(self, data):
-        return list(self.session.run(None, {{self.input: np.stack(data)}})[0])
-
-if __name__ == "__main__":
-    server = Server()
-    server.append_worker(Digits, max_batch_size=32, max_wait_time=1)
-    server.run()
-"""
-"""As mosec's documentation recommends it: one worker, batches of up to 32, raw bytes in and out."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,8 +48,11 @@ class _Way(NamedTuple):
 
 
 class _Trial(NamedTuple):
+    """Answers a second, how long each took, and the number of those that were none."""
+
     rate: float
     latencies: list[float]
+    refused: int
 
 
 def run(options: Options) -> Report:
@@ -100,14 +74,21 @@ def run(options: Options) -> Report:
         report.add(labels, "requests", "1/s", [trial.rate for trial in done], "higher")
         report.add(labels, "p50", "ms", [percentile(trial.latencies, 50) * 1e3 for trial in done], "lower")
         report.add(labels, "p99", "ms", [percentile(trial.latencies, 99) * 1e3 for trial in done], "lower")
-    if "mosec" in ways:
+    for name in ("binary", "JSON"):
+        report.exactly(
+            f"{name}: requests that were not answered",
+            sum(one.refused for n in CONNECTIONS for one in trials[name, n]),
+            0,
+        )
+    for name in ways.keys() & PEERS.keys():
+        own, least = ("binary", 1.4) if PEERS[name].raw else ("JSON", 8.0)
         for number in CONNECTIONS[1:]:
-            ours, theirs = (
-                report.find("requests", {"asked": name, "connections": number}).value for name in ("binary", "mosec")
-            )
-            report.at_least(f"binary over mosec, {number} connections", ours / theirs, 1.4)
-        alone, theirs = (report.find("p50", {"asked": name, "connections": 1}).value for name in ("binary", "mosec"))
-        report.at_most("p50 of a lone request over mosec's", alone / theirs, 0.2)
+            ours, theirs = (report.find("requests", {"asked": one, "connections": number}).value for one in (own, name))
+            report.at_least(f"{own} over {name}, {number} connections", ours / theirs, least)
+    if peers := ways.keys() & PEERS.keys():
+        alone = {name: report.find("p50", {"asked": name, "connections": 1}).value for name in ("binary", *peers)}
+        best = min(peers, key=lambda name: alone[name])
+        report.at_most(f"p50 of a lone request over that of the best peer, {best}", alone["binary"] / alone[best], 0.2)
     return report
 
 
@@ -120,11 +101,13 @@ def _servers() -> Iterator[Mapping[str, _Way]]:
             process_of([sys.executable, "-m", "kapsl_scheduler", "serve", "--no-cron"], str(DIGITS))
         )
         ways = {"binary": _Way(ours, binary_request(digit)), "JSON": _Way(ours, _json(digit))}
-        if util.find_spec("mosec") is not None:
-            script = Path(folder) / "digits_server.py"
-            script.write_text(MOSEC.format(model=str(DIGITS)), "utf-8")
-            port = stack.enter_context(process_of([sys.executable, str(script), "--address", "127.0.0.1"]))
-            ways["mosec"] = _Way(port, _post("/inference", digit.tobytes()))
+        for name, peer in installed().items():
+            script = Path(folder) / f"digits_{peer.module.replace('.', '_')}.py"
+            script.write_text(peer.written(str(DIGITS), folder, script.stem), "utf-8")
+            port = stack.enter_context(process_of([sys.executable, str(script)]))
+            row = [round(float(value), 4) for value in digit[0]]
+            body = digit.tobytes() if peer.raw else msgspec.json.encode({"x": [row] if peer.rows else row})
+            ways[name] = _Way(port, _post(peer.path, body, "" if peer.raw else "content-type: application/json\r\n"))
         yield ways
 
 
@@ -155,6 +138,7 @@ class _Caller(asyncio.Protocol):
 
     def __init__(self, request: bytes, latencies: list[float]) -> None:
         self.running = True
+        self.refused = 0
         self._request = request
         self._latencies = latencies
         self._came = b""
@@ -178,12 +162,16 @@ class _Caller(asyncio.Protocol):
         if head < 0:
             return
         length = came.find(b"content-length: ", 0, head) + 16
-        if len(came) < head + 4 + int(came[length : came.find(b"\r\n", length)]):
+        if length < 16:  # it comes in chunks
+            if not came.endswith(b"0\r\n\r\n"):
+                return
+        elif len(came) < head + 4 + int(came[length : came.find(b"\r\n", length)]):
             return
-        if not came.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"a server answered {came[:200]!r}")
         self._came = b""
-        self._latencies.append(time.perf_counter() - self._asked)
+        if came.startswith(b"HTTP/1.1 200"):
+            self._latencies.append(time.perf_counter() - self._asked)
+        else:
+            self.refused += 1
         if self.running:
             self._ask()
 
@@ -205,4 +193,4 @@ async def _trial(way: _Way, connections: int, seconds: float) -> _Trial:
     await asyncio.sleep(0.2)
     for caller in callers:
         caller.close()
-    return _Trial(rate, latencies)
+    return _Trial(rate, latencies, sum(caller.refused for caller in callers))

@@ -203,7 +203,7 @@ def _draw_door(report: Report, plt: Any) -> Any:
     figure, grid = plt.subplots(1, len(crowds), figsize=(5 * len(crowds), 2.4), squeeze=False)
     for axes, connections in zip(grid[0], crowds, strict=True):
         measured = _of(report, "requests", connections=connections)
-        _bars(axes, measured, "asked", lambda name: _OTHERS if name == "mosec" else _OURS)
+        _bars(axes, measured, "asked", lambda name: _OURS if name in ("binary", "JSON") else _OTHERS)
         axes.set_title(f"{connections} connections: requests/s", fontsize=9)
     return figure
 

@@ -44,6 +44,10 @@ async def make(firing: Firing) -> Any:
     return X
 
 
+async def always(firing: Firing) -> bool:
+    return True
+
+
 class Model(Target):
     """A target that knows its model."""
 
@@ -349,6 +353,29 @@ async def test_a_job_that_is_read_again_keeps_its_own_callables() -> None:
         await far.register(a_job(schedule=DAY, request=Row(4).request, run=RunPolicy(attempts=2)))
         await asyncio.sleep(2)
         assert cron.job("job").run.attempts == 2
+        await run_ended(cron)
+    assert [int(call.request[0, 0]) for call in target.calls] == [3]
+
+
+@virtual
+async def test_a_job_that_is_edited_by_its_own_definition_keeps_its_own_callables() -> None:
+    """Also when it is read again, here because another process changes it; a field that names another loses its own."""
+    store, target = FaultyStore(), Target()
+    other = FaultyStore(store.held)
+    async with (
+        cron_over(target, store=store, lease=3.0) as cron,
+        CronScheduler(Target(), store=other, lease=3.0) as far,
+    ):
+        await cron.register(a_job(schedule=DAY, request=Row(3).request, condition=Row(5).request))
+        cron.bind("always", always)
+        edited = replace(cron.parse(cron.definition("job")), condition=Named("always"))
+        await cron.update(edited)
+        await asyncio.sleep(2)
+        far.bind("always", always)
+        await far.register(a_job(schedule=DAY, request=Row(4).request, condition=Named("always"), enabled=False))
+        await asyncio.sleep(2)
+        assert not cron.job("job").enabled
+        assert cron.job("job").condition is always
         await run_ended(cron)
     assert [int(call.request[0, 0]) for call in target.calls] == [3]
 

@@ -48,7 +48,8 @@ class Bindings:
 
     def learn_callables(self, job: CronJob) -> None:
         """Other jobs may refer to a function of a module by its own name; a lambda, a method or the like shares its
-        name with others, and is the job's alone."""
+        name with others, and is the job's alone. One that the job says by its name again stays the job's."""
+        before = self._own.get(job.id, {})
         own: dict[str, Callable[..., Any]] = {}
         for field in _FIELDS:
             value = getattr(job, field)
@@ -56,6 +57,8 @@ class Bindings:
                 own[field] = value
                 if _stands_for(name := callable_name(value), value):
                     self._callables[name] = value
+            elif isinstance(value, Named) and field in before and callable_name(before[field]) == value.name:
+                own[field] = before[field]
         if own:
             self._own[job.id] = own
         else:

@@ -737,6 +737,66 @@ async def test_a_stream_that_is_cancelled_takes_everything_back() -> None:
         assert (target.in_flight, target.cancelled, closed) == (0, 64, [True])
 
 
+@pytest.mark.parametrize("how", ["timeout", "shutdown", "unregistered"])
+@virtual
+async def test_what_ends_a_run_is_heard_while_a_failed_attempt_has_its_last_word(how: str) -> None:
+    target = Target(does=lambda number: Unavailable("gone") if number == 2 else 0.0)
+    words: list[str] = []
+
+    async def make(firing: Firing) -> AsyncIterator[Any]:
+        yield X
+        await asyncio.sleep(1.5)
+        yield X
+
+    async def sink(items: list[SinkItem]) -> None:
+        words.append("begun")
+        await asyncio.sleep(0.4)
+        words.append("ended")
+
+    policy = RunPolicy(timeout=1.7 if how == "timeout" else None, attempts=5, backoff=100)
+    async with cron_over(target) as cron:
+        await cron.register(a_job(schedule=DAY, request=make, sink=sink, run=policy))
+        number = (await cron.trigger("job")).number
+        await asyncio.sleep(1.7)
+        assert words == ["begun"]
+        if how == "unregistered":
+            await cron.unregister("job", cancel=True)
+        elif how == "shutdown":
+            await cron.close(drain=0)
+        await asyncio.sleep(0.2)
+        assert cron.statistics().running == 0
+        if how != "shutdown":
+            run = await cron.run(number)
+            assert outcome(run) == (("failed", how) if how == "timeout" else ("cancelled", how))
+            assert run.attempt == 1
+    assert words == ["begun"]
+    assert len(target.calls) == 2
+
+
+class Stubborn(Target):
+    """Its calls take their time, whoever cancels them."""
+
+    async def infer(self, request: Any, **options: Any) -> Any:
+        work = asyncio.ensure_future(super().infer(request, **options))
+        while not work.done():
+            try:
+                await asyncio.shield(work)
+            except asyncio.CancelledError:
+                continue
+        return work.result()
+
+
+@with_threads
+async def test_a_run_that_is_cancelled_a_second_time_lets_go_of_its_sink() -> None:
+    async with cron_over(Stubborn(seconds=10)) as cron:
+        await cron.register(job(run=RunPolicy(timeout=5)))
+        await cron.trigger("job")
+        await asyncio.sleep(5.05)  # its timeout has struck, and it waits for its calls to end
+        await cron.unregister("job", cancel=True)
+        await until_async(lambda: KEPT.closed)
+        await asyncio.sleep(6)  # those calls have ended too
+
+
 @with_threads
 async def test_an_interrupted_stream_goes_on_where_it_was_in_the_next_process() -> None:
     store, clock = MemoryStore(), WallClock()

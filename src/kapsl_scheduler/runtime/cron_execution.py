@@ -21,7 +21,7 @@ from kapsl_scheduler.core.runs import Firing, Run, RunState
 from kapsl_scheduler.errors import CronError, DeadlineExceeded, EngineError, Overloaded
 from kapsl_scheduler.ports import CronTarget, SourceItem, is_source
 from kapsl_scheduler.runtime.cron_feed import Feed, numbered
-from kapsl_scheduler.runtime.cron_stream import PartlyFailed, RunLost, Stream, error_text, row_count
+from kapsl_scheduler.runtime.cron_stream import PartlyFailed, RunLost, Stream, error_text, is_cancelled, row_count
 from kapsl_scheduler.runtime.offload import Strangers, in_thread, taken_in_thread
 from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
@@ -221,7 +221,7 @@ class Execution:
                 except Exception as error:
                     outcome = Outcome(RunState.FAILED, _reason(error), error)
                 except asyncio.CancelledError:
-                    if _is_cancelled():
+                    if is_cancelled():
                         raise
                     within = RuntimeError("something that the run awaited was cancelled")
                     outcome = Outcome(RunState.FAILED, "cancelled", within)
@@ -361,17 +361,11 @@ class Execution:
             logger.warning("job %r: on_result failed: %s", self._job.id, error_text(error))
             return error_text(error)
         except asyncio.CancelledError:  # the run is over, whatever becomes of its callback
-            return f"cut short: {self.leave}" if _is_cancelled() else "something that it awaited was cancelled"
+            return f"cut short: {self.leave}" if is_cancelled() else "something that it awaited was cancelled"
         return ""
 
 
 _ANYBODYS_GUESS: Final = ("inference_error", "backend")
-
-
-def _is_cancelled() -> bool:
-    """Whether the run itself is being cancelled, and not merely something that it awaits."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _function(value: Any) -> Callable[..., Any]:

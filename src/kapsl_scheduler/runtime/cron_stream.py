@@ -23,7 +23,7 @@ from kapsl_scheduler.runtime.cron_feed import Feed
 from kapsl_scheduler.runtime.offload import Strangers, in_thread
 from kapsl_scheduler.types import InferenceRequest, InferenceResponse
 
-__all__ = ["PartlyFailed", "RunLost", "Stream", "error_text", "row_count"]
+__all__ = ["PartlyFailed", "RunLost", "Stream", "error_text", "is_cancelled", "row_count"]
 
 logger = logging.getLogger(__name__)
 
@@ -144,14 +144,17 @@ class Stream:
                 if task is not None:
                     task.cancel()
             await self._last_word()
+            if is_cancelled():
+                raise asyncio.CancelledError from None  # also where that came during the last word, as it does but once
             raise
         finally:
-            await self._host.strangers.end(*(task for _, task in self._flying if task is not None))
+            # First what takes no wait: it is done also if this is cancelled once more.
             if feed.lasts:
                 feed.give_back([*self._uncertain, *(item for item, _ in (*self._doubtful, *self._flying))])
             if not whole:
                 self._count_as_when_certain()
             self._close()
+            await self._host.strangers.end(*(task for _, task in self._flying if task is not None))
 
     def give_up(self) -> None:
         """There is no further attempt: what is in doubt has failed."""
@@ -362,6 +365,12 @@ class Stream:
             _unheard(in_thread(close))
         else:
             self._at_work.add_done_callback(lambda _: _unheard(in_thread(close)))
+
+
+def is_cancelled() -> bool:
+    """Whether the run itself is being cancelled, and not merely something that it awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def row_count(request: Any) -> int:

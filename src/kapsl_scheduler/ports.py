@@ -317,7 +317,8 @@ class SinkItem(msgspec.Struct, frozen=True):
 class SinkWriter(Protocol):
     """The results of one attempt of a run, in the order of its requests. All calls run in a thread, one at a time.
 
-    After a call that raised only `close` is called.
+    After a call that raised only `close` is called. The run's next attempt, the next run, and one that takes this one's
+    place open the sink once it is closed, unless that takes seconds.
     """
 
     def write(self, items: Sequence[SinkItem]) -> None: ...

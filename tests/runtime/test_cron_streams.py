@@ -15,9 +15,11 @@ from kapsl_scheduler import (
     CronOverflowPolicy,
     CronRun,
     Firing,
+    FiringPolicy,
     InferenceError,
     InvalidInput,
     OnInterrupt,
+    Overlap,
     Overloaded,
     RunPolicy,
     StoreError,
@@ -29,7 +31,7 @@ from kapsl_scheduler.runtime.cron_stream import Stream
 from kapsl_scheduler.runtime.offload import Strangers, taken_in_thread
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.testing import WallClock
-from tests.runtime.cron import Target, X, a_job, at, counts, cron_over, next_event, run_ended
+from tests.runtime.cron import Target, X, a_job, at, counts, cron_over, history, next_event, run_ended
 from tests.runtime.helpers import until_async
 from tests.runtime.virtual import virtual, with_threads
 
@@ -65,6 +67,7 @@ class Kept:
         self.fails: dict[str, Exception] = {}
         self.hangs: threading.Event | None = None
         self.batches: list[int] = []
+        self.wanted = threading.Event()
 
 
 KEPT = Kept()
@@ -123,6 +126,30 @@ class GoingBack(msgspec.Struct, frozen=True, tag="going back"):
         return Writer()
 
 
+class Exclusive(msgspec.Struct, frozen=True, tag="exclusive"):
+    """One writer at a time. Its writers are slow to close, unless somebody comes and finds it open."""
+
+    def open(self, firing: Firing, memory: Mapping[str, str]) -> Writer:
+        if KEPT.closed < len(KEPT.opened):
+            KEPT.wanted.set()
+            raise Unavailable("another run is writing")
+        KEPT.opened.append(dict(memory))
+        return ExclusiveWriter()
+
+
+class ExclusiveWriter(Writer):
+    def close(self) -> None:
+        KEPT.wanted.wait(0.02)
+        super().close()
+
+
+class SlowToOpen(msgspec.Struct, frozen=True, tag="slow to open"):
+    def open(self, firing: Firing, memory: Mapping[str, str]) -> Writer:
+        assert KEPT.hangs is not None
+        KEPT.hangs.wait()
+        return Writer()
+
+
 class Lines(msgspec.Struct, frozen=True, tag="lines"):
     def open(self, firing: Firing, memory: Mapping[str, str]) -> Writer:
         if "open" in KEPT.fails:
@@ -140,10 +167,12 @@ def adapters(kind: str, settings: Mapping[str, Any]) -> Any:
 
 
 async def stubborn(*words: Any) -> Any:
-    """Twenty minutes, whoever cancels it."""
-    for _ in range(20):
+    """A minute, whoever cancels it."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + 60
+    while (left := until - loop.time()) > 0:
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(left)
         except asyncio.CancelledError:
             continue
 
@@ -447,6 +476,7 @@ class Host:
     def __init__(self, *fails: int) -> None:
         self.fails = fails
         self.done: float | None = None
+        self.discarded = False
         self.strangers = Strangers()
         self.remembered: dict[str, str] = {}
         self.checkpoints = self.counted = 0
@@ -473,6 +503,9 @@ class Host:
 
     async def memory(self) -> Mapping[str, str]:
         return dict(self.remembered)
+
+    async def alone(self) -> None:
+        """It always is."""
 
 
 @pytest.mark.slow
@@ -636,7 +669,7 @@ async def test_a_coroutine_that_does_not_heed_its_cancellation_does_not_outlive_
         assert outcome(run) == ("failed", "timeout")
         assert run.duration is not None
         assert 5 <= run.duration < 6
-        await asyncio.sleep(1500)
+        await asyncio.sleep(100)
 
 
 @with_threads
@@ -691,6 +724,7 @@ async def test_what_a_plain_sink_may_have_lost_is_not_remembered_as_done() -> No
         assert await store.memory("job") == {}
 
 
+@pytest.mark.slow
 @with_threads
 async def test_a_timeout_in_the_middle_leaves_the_rest_to_the_next_firing() -> None:
     store, target = MemoryStore(), Target(does=lambda number: None if number == 4 else 0.0)
@@ -773,6 +807,43 @@ async def test_what_ends_a_run_is_heard_while_a_failed_attempt_has_its_last_word
     assert len(target.calls) == 2
 
 
+@with_threads
+async def test_the_next_attempt_finds_the_sink_closed() -> None:
+    target = Target(does=lambda number: Unavailable("gone") if number in (2, 4) else 0.0)
+    async with cron_over(target) as cron:
+        policy = RunPolicy(attempts=3, backoff=0, max_in_flight=1)
+        await cron.register(a_job(schedule=DAY, request=Rows(5), sink=Exclusive(), run=policy))
+        run = await run_ended(cron)
+        assert (outcome(run), run.attempt) == (("succeeded", ""), 3)
+    assert KEPT.flushed == keys(*range(5))
+
+
+@pytest.mark.slow
+@with_threads
+async def test_a_run_that_takes_the_place_of_others_finds_the_sink_closed_and_nothing_in_it_twice() -> None:
+    target = Target(seconds=1.6)  # of each run one row is certain when the next comes, and another is not
+    async with cron_over(target) as cron:
+        policy = RunPolicy(max_in_flight=1)
+        firing = FiringPolicy(overlap=Overlap.CANCEL_OTHER)
+        await cron.register(a_job(schedule=3.5, request=Rows(100), sink=Exclusive(), firing=firing, run=policy))
+        await asyncio.sleep(12)
+        assert [run[1:] for run in await history(cron)] == [("cancelled", "overlap")] * 2 + [("running", "")]
+        assert KEPT.flushed == keys(0, 1)
+    assert KEPT.flushed == keys(*range(len(KEPT.flushed)))
+
+
+@with_threads
+async def test_a_sink_that_is_still_being_opened_when_its_run_ends_is_closed_too() -> None:
+    KEPT.hangs = threading.Event()
+    async with cron_over() as cron:
+        await cron.register(a_job(schedule=DAY, request=Rows(5), sink=SlowToOpen(), run=RunPolicy(timeout=1)))
+        run = await run_ended(cron)
+        assert outcome(run) == ("failed", "timeout")
+        assert KEPT.closed == 0
+        KEPT.hangs.set()
+        await until_async(lambda: KEPT.closed)
+
+
 class Stubborn(Target):
     """Its calls take their time, whoever cancels them."""
 
@@ -786,6 +857,7 @@ class Stubborn(Target):
         return work.result()
 
 
+@pytest.mark.slow
 @with_threads
 async def test_a_run_that_is_cancelled_a_second_time_lets_go_of_its_sink() -> None:
     async with cron_over(Stubborn(seconds=10)) as cron:
@@ -861,6 +933,7 @@ async def test_rows_are_counted_where_requests_have_a_batch_axis() -> None:
         assert (run.requests, run.rows, run.input_bytes) == (4, 3 + 4 + 1 + 1, 48 + 64 + 40)
 
 
+@pytest.mark.slow
 @with_threads
 async def test_everything_may_hang_and_the_run_ends_within_a_second_of_its_timeout() -> None:
     """Its sink, its requests, its target and its callback."""
@@ -882,4 +955,4 @@ async def test_everything_may_hang_and_the_run_ends_within_a_second_of_its_timeo
         assert run.duration is not None
         assert 5 <= run.duration < 6
         KEPT.hangs.set()
-        await asyncio.sleep(1500)
+        await asyncio.sleep(100)

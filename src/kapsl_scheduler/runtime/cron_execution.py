@@ -48,6 +48,7 @@ class ExecutionHost(Protocol):
     def target(self, model: str | None) -> CronTarget: ...
     async def attempted(self, execution: Execution, after: Run) -> bool: ...
     def ended(self, execution: Execution, after: Run) -> None: ...
+    async def alone(self, execution: Execution) -> None: ...
     async def memory(self, job: str) -> Mapping[str, str]: ...
     async def checkpoint(self, execution: Execution, after: Run, memory: Mapping[str, str | None]) -> bool: ...
 
@@ -81,6 +82,7 @@ class Execution:
         "discarded",
         "done",
         "leave",
+        "over",
         "recording",
         "requests",
         "run",
@@ -107,6 +109,7 @@ class Execution:
         self.discarded = False
         self.stopped = False
         self.recording = False  # its end is being written: too late to cancel it
+        self.over: asyncio.Future[None] | None = None  # done when it is, if somebody waits for it
         self.leave = "shutdown"  # the reason, should it be cancelled
 
     def discard(self, why: str) -> None:
@@ -335,6 +338,10 @@ class Execution:
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool:
         """Write down what is to be remembered, and how far the run is. False: it is another's now."""
         return await self._host.checkpoint(self, self.on(self.run), memory)
+
+    async def alone(self) -> None:
+        """Wait until the runs that were stopped in favour of this one have let go of their sinks."""
+        await self._host.alone(self)
 
     async def memory(self) -> Mapping[str, str]:
         """What the job's source and sink have remembered."""

@@ -35,6 +35,8 @@ WAITING: Final = "waiting for a place"
 """The reason that a run is shown with which is dispatched, and for which `max_concurrent_runs` has no place yet."""
 WORTH_TELLING: Final = 10_000
 """Microseconds after which a run has not begun when it was dispatched, but later."""
+LINGERING: Final = 2.0
+"""Seconds that a run waits for those that were stopped in its favour: they take less than one, unless they hang."""
 IDLE_RUNNERS: Final = 8
 """Tasks that are kept for the next runs."""
 AT_ONCE: Final = 64
@@ -195,6 +197,8 @@ class Runs:
             del self._of_job[execution.run.job]
         else:
             of_job.remove(execution)
+        if execution.over is not None:
+            execution.over.set_result(None)
         if not self._of_job and self._empty is not None and not self._empty.done():
             self._empty.set_result(None)
 
@@ -256,6 +260,17 @@ class Runs:
             self._ledger.post(end)
         else:
             self._ledger.settle(end)
+
+    async def alone(self, execution: Execution) -> None:
+        """Wait until those of its job that were discarded are over."""
+        lingering: list[asyncio.Future[None]] = []
+        for one in self._of_job[execution.run.job]:
+            if one.discarded and one.task is not None and one is not execution:
+                if one.over is None:
+                    one.over = asyncio.get_running_loop().create_future()
+                lingering.append(one.over)
+        if lingering:
+            await asyncio.wait(lingering, timeout=LINGERING)
 
     async def memory(self, job: str) -> Mapping[str, str]:
         return await self._ledger.store.memory(job)

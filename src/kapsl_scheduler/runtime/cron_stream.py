@@ -34,7 +34,9 @@ CHECKPOINT: Final = 2.0
 CHECKPOINT_AFTER: Final = 4096
 """Requests between checkpoints where the run holds them, to send them again should the sink lose their answers."""
 LAST_WORD: Final = 0.5
-"""Seconds that a stream which is cut short may take to make sure of what it has."""
+"""Seconds that a stream which is cut short may take to make sure of what it has, and to close its sink."""
+CLOSING: Final = 5.0
+"""Seconds that the sink of any other may take to close."""
 PAUSE: Final = 0.05
 """Seconds before a request is offered again that had to make room."""
 HOPELESS: Final = 100
@@ -66,6 +68,7 @@ class StreamHost(Protocol):
     """The execution that the stream belongs to."""
 
     done: float | None
+    discarded: bool
 
     @property
     def strangers(self) -> Strangers: ...
@@ -76,6 +79,7 @@ class StreamHost(Protocol):
     def infer(self, request: Any, *, starts: bool = ...) -> Awaitable[InferenceResponse]: ...
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool: ...
     async def memory(self) -> Mapping[str, str]: ...
+    async def alone(self) -> None: ...
 
 
 class Stream:
@@ -123,11 +127,12 @@ class Stream:
         doubt at the end: they have failed. Raises what the source, the sink and the model raise.
 
         However it ends before its time, what is on its way is taken back, what was answered is made sure of, within
-        half a second, and the feed has the rest again.
+        half a second, and the feed has the rest again. Whoever comes next finds the sink closed, unless it hangs.
         """
         self._begin()
         self._holds = feed.lasts
         whole = False
+        limit: float | None = None
         try:
             await self._open(firing)
             await self._send_all(feed)
@@ -143,6 +148,7 @@ class Stream:
             for _, task in self._flying:
                 if task is not None:
                     task.cancel()
+            limit = asyncio.get_running_loop().time() + LAST_WORD
             await self._last_word()
             if is_cancelled():
                 raise asyncio.CancelledError from None  # also where that came during the last word, as it does but once
@@ -153,8 +159,11 @@ class Stream:
                 feed.give_back([*self._uncertain, *(item for item, _ in (*self._doubtful, *self._flying))])
             if not whole:
                 self._count_as_when_certain()
-            self._close()
-            await self._host.strangers.end(*(task for _, task in self._flying if task is not None))
+            closed = self._close()
+            try:
+                await self._host.strangers.end(*(task for _, task in self._flying if task is not None))
+            finally:
+                await self._let_close(closed, limit)
 
     def give_up(self) -> None:
         """There is no further attempt: what is in doubt has failed."""
@@ -296,8 +305,9 @@ class Stream:
         if callable(self._sink):
             self._writer = self._sink
         else:
+            await self._host.alone()
             memory = await self._host.memory()
-            self._writer = await in_thread(self._sink.open, firing, memory)
+            self._writer = await self._in_turn(self._sink.open, firing, memory)
             await self._make_sure()  # where the run begins, should it be cut short before the next
 
     async def _hand_on(self) -> None:
@@ -348,7 +358,7 @@ class Stream:
 
     async def _last_word(self) -> None:
         """It is cut short. What the sink has may be made sure of; if not, it is done again."""
-        if self._broken:
+        if self._broken or self._host.discarded:  # a discarded run writes no checkpoint
             return
         try:
             async with asyncio.timeout(LAST_WORD):
@@ -356,15 +366,41 @@ class Stream:
         except (Exception, asyncio.CancelledError) as error:
             logger.debug("no last checkpoint of a run: %r", error)
 
-    def _close(self) -> None:
-        """Let go of the sink. One that hangs is left to its thread, and closed when it comes back."""
-        if not isinstance(self._writer, SinkWriter):
-            return
-        close = self._writer.close
-        if self._at_work is None or self._at_work.done():
-            _unheard(in_thread(close))
+    def _close(self) -> asyncio.Future[None]:
+        """Let go of the sink, once it is done with what it is at: that may be its opening. The future is done when it
+        is closed, whatever came of it: what was flushed is flushed."""
+        writer, at_work = self._writer, self._at_work
+        closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def close(before: asyncio.Future[Any] | None) -> None:
+            opened = writer
+            if before is not None and before.exception() is None and opened is None:
+                opened = before.result()
+            if isinstance(opened, SinkWriter):
+                in_thread(opened.close).add_done_callback(is_closed)
+            else:
+                closed.set_result(None)
+
+        def is_closed(closing: asyncio.Future[None]) -> None:
+            closing.exception()  # which changes nothing
+            closed.set_result(None)
+
+        if at_work is None:
+            close(None)
         else:
-            self._at_work.add_done_callback(lambda _: _unheard(in_thread(close)))
+            at_work.add_done_callback(close)
+        return closed
+
+    async def _let_close(self, closed: asyncio.Future[None], limit: float | None) -> None:
+        """Wait for it: of a run that is cancelled until the limit, of others longer. A sink that hangs is left to its
+        thread."""
+        now = asyncio.get_running_loop().time()
+        limit = now + LAST_WORD if limit is None else max(limit, now)
+        try:
+            await asyncio.wait((closed,), timeout=limit - now if is_cancelled() else CLOSING)
+        except asyncio.CancelledError:
+            await asyncio.wait((closed,), timeout=LAST_WORD)
+            raise
 
 
 def is_cancelled() -> bool:
@@ -385,8 +421,3 @@ def row_count(request: Any) -> int:
 def error_text(error: BaseException) -> str:
     """An error as a run's record has it."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _unheard(future: asyncio.Future[Any]) -> None:
-    """Nobody waits for this, and an error of it changes nothing: what was flushed is flushed."""
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -547,9 +547,10 @@ async def test_a_bad_item_in_front_does_not_stand_for_the_request_that_asks_for_
 
 
 @virtual
-async def test_an_iterator_that_breaks_is_made_anew() -> None:
+async def test_an_iterator_that_breaks_is_made_anew_and_goes_on_behind_what_is_certain() -> None:
     makes: list[int] = []
     sunk: list[str] = []
+    target = Target()
 
     async def make(firing: Firing) -> AsyncIterator[Any]:
         makes.append(firing.attempt)
@@ -561,12 +562,91 @@ async def test_an_iterator_that_breaks_is_made_anew() -> None:
     async def sink(items: list[SinkItem]) -> None:
         sunk.extend(item.key for item in items)
 
-    async with cron_over() as cron:
+    async with cron_over(target) as cron:
         await cron.register(a_job(schedule=DAY, request=make, sink=sink, run=RunPolicy(attempts=2)))
         run = await run_ended(cron)
-        assert (outcome(run), run.attempt) == (("succeeded", ""), 2)
+        assert (outcome(run), run.attempt, run.requests, run.rows) == (("succeeded", ""), 2, 5, 5)
     assert makes == [1, 2]
-    assert sunk == ["0", "1", "2", "0", "1", "2", "3", "4"]
+    assert sunk == ["0", "1", "2", "3", "4"]
+    assert [int(call.request[0, 0]) for call in target.calls] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["list", "iterator"])
+@with_threads
+async def test_what_a_callable_made_goes_on_in_the_next_process_behind_what_is_certain(kind: str) -> None:
+    store, clock = MemoryStore(), WallClock()
+    target = Target(does=lambda number: None if number == 4 else InvalidInput("bad") if number == 2 else 0.0)
+    policy = RunPolicy(max_in_flight=1, on_interrupt=OnInterrupt.RESUME)
+
+    async def make(firing: Firing) -> Any:
+        requests = [X * number for number in range(6)]
+        return requests if kind == "list" else iter(requests)
+
+    def again() -> Any:
+        return a_job(schedule=DAY, request=make, sink=Lines(), run=policy)
+
+    async with cron_over(target, store=store, clock=clock, adapters=adapters) as cron:
+        await cron.register(again())
+        number = (await cron.trigger("job")).number
+        await until_async(lambda: len(target.calls) == 4)
+        await cron.close(drain=0)
+    async with cron_over(target, store=store, clock=clock, adapters=adapters) as cron:
+        events = cron.events()
+        await cron.register(again())
+        await next_event(events, "ended")
+        run = await cron.run(number)
+        assert (outcome(run), run.attempt) == (("failed", "error"), 2)
+        assert (run.requests, run.failed_requests, run.rows) == (6, 1, 6)
+    assert KEPT.flushed == [str(number) for number in range(6)]
+    assert [int(call.request[0, 0]) for call in target.calls] == [0, 1, 2, 3, 3, 4, 5]
+
+
+@virtual
+async def test_a_list_whose_answers_are_to_be_heard_together_begins_anew_in_the_next_process() -> None:
+    store, clock, heard = MemoryStore(), WallClock(), []
+    target = Target(seconds=1.0)
+    policy = RunPolicy(max_in_flight=1, on_interrupt=OnInterrupt.RESUME)
+
+    async def make(firing: Firing) -> list[Any]:
+        return [X * number for number in range(6)]
+
+    async def on_result(id: str, result: Any) -> None:
+        heard.append(result)
+
+    for seconds in (4.5, 10):
+        async with cron_over(target, store=store, clock=clock) as cron:
+            await cron.register(a_job(schedule=DAY, request=make, on_result=on_result, run=policy))
+            if not target.calls:
+                await cron.trigger("job")
+            await asyncio.sleep(seconds)
+            (run,) = await cron.runs("job")
+            await cron.close(drain=0)
+    assert (outcome(run), run.attempt, run.requests, run.rows) == (("succeeded", ""), 2, 6, 6)
+    assert [int(answer.outputs["y"][0, 0]) for answer in heard[0]] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("followed", [False, True])
+@with_threads
+async def test_a_run_whose_job_is_gone_goes_on_behind_what_was_done(followed: bool) -> None:
+    """Also where another job has taken the id, of which it does not touch what that remembers."""
+    target = Target(does=lambda number: Unavailable("gone") if number == 4 else 0.0)
+    store = MemoryStore()
+    async with cron_over(target, store=store) as cron:
+        await cron.register(job(Rows(6), run=RunPolicy(max_in_flight=1, attempts=2, backoff=5)))
+        number = (await cron.trigger("job")).number
+        await until_async(lambda: len(target.calls) == 4)
+        await asyncio.sleep(1)
+        await cron.unregister("job")
+        if followed:
+            await asyncio.sleep(1)
+            await cron.register(job(Rows(3)))
+        await asyncio.sleep(5)
+        run = await cron.run(number)
+        assert (outcome(run), run.attempt, run.requests) == (("succeeded", ""), 2, 6)
+        assert await store.memory("job") == {}
+    assert KEPT.flushed == keys(*range(6))
+    assert KEPT.opened[1]["next"] == "3"
 
 
 @virtual

@@ -156,9 +156,10 @@ class CronJob(msgspec.Struct, frozen=True, eq=False):
 
     `schedule`: cron text, seconds, a timedelta, a `CronExpression` or an `Interval`; `tz` is the zone of cron text.
     `request`: what `infer` takes (its arrays are copied once, when the job is registered); a callable that is given the
-    `Firing` and returns one request, a list of them, an iterator of them, or None for nothing to do; or a source. Plain
-    functions are called in a thread, coroutine functions on the loop. A `Named` stands for a callable that is bound
-    under that name.
+    `Firing` and returns one request, a list of them, an iterator of them, or None for nothing to do; or a source. A run
+    that is resumed passes over as many of a callable's first requests as were certain before: it is to make the same
+    ones again. Plain functions are called in a thread, coroutine functions on the loop. A `Named` stands for a callable
+    that is bound under that name.
 
     `on_result(id, result)` is called after each firing that was not skipped, with the answer (a list of answers where
     there were several requests; None where there was nothing to do or a sink took the answers) or with the error.

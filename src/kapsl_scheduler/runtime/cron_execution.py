@@ -17,7 +17,7 @@ import numpy as np
 
 from kapsl_scheduler.core.jobs import CronJob, CronOverflowPolicy, OnInterrupt, moment
 from kapsl_scheduler.core.queue import QueueOverflowPolicy
-from kapsl_scheduler.core.runs import Firing, Run, RunState
+from kapsl_scheduler.core.runs import Firing, JobState, Run, RunState
 from kapsl_scheduler.errors import CronError, DeadlineExceeded, EngineError, Overloaded
 from kapsl_scheduler.ports import CronTarget, SourceItem, is_source
 from kapsl_scheduler.runtime.cron_feed import Feed, numbered
@@ -36,6 +36,8 @@ CALLBACK_LAST: Final = 0.15
 """Seconds that `on_result` gets of a run that used up its timeout, and what it gets if the run was slow to end."""
 BLOCK_LIMIT: Final = 60.0
 """Seconds that a firing under `block` waits for room where its job says nothing: None would be the queue's limit."""
+_NOTHING: Final = (0, 0, 0, 0, 0)
+"""The counts of a run that has done nothing yet."""
 _LEAST: Final = 1e-3  # seconds: a timeout must be above 0, and this one is about to strike anyway
 
 
@@ -49,6 +51,7 @@ class ExecutionHost(Protocol):
     async def attempted(self, execution: Execution, after: Run) -> bool: ...
     def ended(self, execution: Execution, after: Run) -> None: ...
     async def alone(self, execution: Execution) -> None: ...
+    def has_job(self, execution: Execution) -> bool: ...
     async def memory(self, job: str) -> Mapping[str, str]: ...
     async def checkpoint(self, execution: Execution, after: Run, memory: Mapping[str, str | None]) -> bool: ...
 
@@ -74,6 +77,8 @@ class Execution:
         "_host",
         "_input_bytes",
         "_job",
+        "_memory",
+        "_news",
         "_output_bytes",
         "_rows",
         "_stream",
@@ -103,6 +108,8 @@ class Execution:
         self._goes_ahead = job.condition is None
         self._feed: Feed | None = None  # what is left of many requests, from one attempt to the next
         self._stream: Stream | None = None
+        self._memory: Mapping[str, str] = {}  # as it was when it was last read
+        self._news: dict[str, str | None] = {}  # what of it was written since, by this run
         self.done: float | None = None
         self._until: float | None = None  # on the loop's clock
         self.task: asyncio.Task[None] | None = None
@@ -123,6 +130,10 @@ class Execution:
         if self.task is not None and not self.stopped:
             self.stopped = True
             self.task.cancel()
+
+    def is_of(self, books: JobState) -> bool:
+        """Whether these are the books of its job: not of a later one of the same id."""
+        return books.anchor == self.anchor and not self.run.detached
 
     def cut(self, state: RunState, reason: str, now: int) -> Run:
         """The record of the run if it ends here."""
@@ -241,8 +252,8 @@ class Execution:
                 await self._feed.close()
 
     async def _perform(self, *, final: bool) -> Outcome:
-        """One attempt, the `final` one or not. What a callable has made is not made again for a later attempt, unless
-        an iterator broke: that goes on with what is left."""
+        """One attempt, the `final` one or not. What a callable has made is not made again for a later attempt here,
+        unless an iterator broke. What is made again, there or in another process, goes on behind what is certain."""
         job = self._job
         firing = None
         if not self._goes_ahead:
@@ -268,10 +279,13 @@ class Execution:
             if request is None:
                 return Outcome(RunState.SUCCEEDED, "nothing to do")
             if isinstance(request, list | Iterator | AsyncIterator):
-                self._feed = self._feed_of(numbered(request), lasts=True)
-                return await self._several(self._feed, final=final, keep=isinstance(request, list))
+                keep = isinstance(request, list) and job.sink is None
+                if keep and self._stream is None:  # what it answered elsewhere, `on_result` would never hear
+                    self.recount(_NOTHING)
+                self._feed = self._feed_of(numbered(request, self.requests), lasts=True)
+                return await self._several(self._feed, final=final, keep=keep)
         if job.sink is not None:
-            self._feed = self._feed_of(numbered([request]), lasts=True)
+            self._feed = self._feed_of(numbered([request], self.requests), lasts=True)
             return await self._several(self._feed, final=final)
         response = None
         try:
@@ -297,14 +311,14 @@ class Execution:
     async def _several(self, feed: Feed, *, final: bool, keep: bool = False) -> Outcome:
         stream = self._stream
         if stream is None:
-            run, job = self.run, self._job
+            job = self._job
             stream = self._stream = Stream(
                 self,
                 job.sink,
                 job.run.max_in_flight,
-                keep=keep and job.sink is None,
-                requests=run.requests,
-                failed=run.failed_requests,
+                keep=keep,
+                requests=self.requests,
+                failed=self._failed_requests,
             )
         await stream.run(feed, self._firing(), final=final)
         if stream.refused is not None:
@@ -337,15 +351,24 @@ class Execution:
 
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool:
         """Write down what is to be remembered, and how far the run is. False: it is another's now."""
-        return await self._host.checkpoint(self, self.on(self.run), memory)
+        written = await self._host.checkpoint(self, self.on(self.run), memory)
+        if written:
+            self._news.update(memory)
+        return written
 
     async def alone(self) -> None:
         """Wait until the runs that were stopped in favour of this one have let go of their sinks."""
         await self._host.alone(self)
 
     async def memory(self) -> Mapping[str, str]:
-        """What the job's source and sink have remembered."""
-        return await self._host.memory(self._job.id)
+        """What the job's source and sink have remembered. A job that is gone has taken that with it, but for what this
+        run knows of it; what there is under its id is a later job's, which may be at the same place."""
+        found = await self._host.memory(self._job.id)
+        if self._host.has_job(self):
+            self._memory, self._news = found, {}
+            return found
+        known: dict[str, str | None] = {**self._memory, **self._news, **found}
+        return {key: value for key, value in known.items() if value is not None}
 
     def _firing(self) -> Firing:
         run = self.run

@@ -74,19 +74,22 @@ class Feed:
             await _close(self._items)
 
 
-async def numbered(requests: list[Any] | Iterator[Any] | AsyncIterator[Any]) -> AsyncIterator[SourceItem]:
-    """Plain requests as items, named by their number from 0. An iterator is read in threads."""
+async def numbered(
+    requests: list[Any] | Iterator[Any] | AsyncIterator[Any], done: int = 0
+) -> AsyncIterator[SourceItem]:
+    """Plain requests as items, named by their number from 0, without the first ones that are `done`. An iterator is
+    read in threads."""
     number = 0
     try:
         if isinstance(requests, list):
-            for request in requests:
-                yield SourceItem(request, str(number))
-                number += 1
+            for number in range(done, len(requests)):
+                yield SourceItem(requests[number], str(number))
             return
         if isinstance(requests, Iterator):
             requests = taken_in_thread(requests)
         async for request in requests:
-            yield SourceItem(request, str(number))
+            if number >= done:
+                yield SourceItem(request, str(number))
             number += 1
     finally:
         await _close(requests)

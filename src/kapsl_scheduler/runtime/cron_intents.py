@@ -402,8 +402,9 @@ class Checkpoint(Attempt):
         self._memory = memory
 
     def decide(self, entry: Entry | None) -> Change | None:
-        # Whatever has become of the job.
-        return Change(job=self.job, expected=None, updated=(self._after,), memory=self._memory)
+        # Whatever has become of the job. What is not its own it does not touch: a later job's memory is that job's.
+        memory = self._memory if entry is not None and self._execution.is_of(entry.state) else {}
+        return Change(job=self.job, expected=None, updated=(self._after,), memory=memory)
 
 
 class End(Intent):

@@ -272,6 +272,11 @@ class Runs:
         if lingering:
             await asyncio.wait(lingering, timeout=LINGERING)
 
+    def has_job(self, execution: Execution) -> bool:
+        """Whether the job whose run it is is still there."""
+        entry = self._ledger.entries.get(execution.run.job)
+        return entry is not None and execution.is_of(entry.state)
+
     async def memory(self, job: str) -> Mapping[str, str]:
         return await self._ledger.store.memory(job)
 

@@ -340,7 +340,8 @@ class Sink(Protocol):
     """Where a firing's answers go. Its settings are its fields, as with a source.
 
     `memory` is what its writers have remembered: an attempt that resumes an interrupted one (`firing.attempt` above 1)
-    goes on behind the last flush, so that nothing is there twice.
+    goes on behind the last flush, so that nothing is there twice. What is about one run stands under `sink:` and its
+    `firing.key`, and is to be forgotten once that run is among `firing.ended`.
     """
 
     def open(self, firing: Firing, memory: Mapping[str, str]) -> SinkWriter: ...

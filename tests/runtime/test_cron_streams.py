@@ -31,7 +31,7 @@ from kapsl_scheduler.runtime.cron_stream import Stream
 from kapsl_scheduler.runtime.offload import Strangers, taken_in_thread
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.testing import WallClock
-from tests.runtime.cron import Target, X, a_job, at, counts, cron_over, history, next_event, run_ended
+from tests.runtime.cron import FaultyStore, Target, X, a_job, at, counts, cron_over, history, next_event, run_ended
 from tests.runtime.helpers import until_async
 from tests.runtime.virtual import virtual, with_threads
 
@@ -68,6 +68,7 @@ class Kept:
         self.hangs: threading.Event | None = None
         self.batches: list[int] = []
         self.wanted = threading.Event()
+        self.ended: list[list[str]] = []
 
 
 KEPT = Kept()
@@ -141,6 +142,23 @@ class ExclusiveWriter(Writer):
     def close(self) -> None:
         KEPT.wanted.wait(0.02)
         super().close()
+
+
+class Marking(msgspec.Struct, frozen=True, tag="marking"):
+    """Remembers each run by its key."""
+
+    def open(self, firing: Firing, memory: Mapping[str, str]) -> Writer:
+        KEPT.ended.append(sorted(firing.ended))
+        return MarkingWriter(f"sink:{firing.key}")
+
+
+class MarkingWriter(Writer):
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self._key = key
+
+    def flush(self) -> Mapping[str, str | None]:
+        return {self._key: "here", "sink:": "no run's"}
 
 
 class SlowToOpen(msgspec.Struct, frozen=True, tag="slow to open"):
@@ -503,6 +521,9 @@ class Host:
 
     async def memory(self) -> Mapping[str, str]:
         return dict(self.remembered)
+
+    async def ended(self, memory: Mapping[str, str]) -> frozenset[str]:
+        return frozenset()
 
     async def alone(self) -> None:
         """It always is."""
@@ -910,6 +931,34 @@ async def test_a_run_that_takes_the_place_of_others_finds_the_sink_closed_and_no
         assert [run[1:] for run in await history(cron)] == [("cancelled", "overlap")] * 2 + [("running", "")]
         assert KEPT.flushed == keys(0, 1)
     assert KEPT.flushed == keys(*range(len(KEPT.flushed)))
+
+
+@with_threads
+async def test_a_sink_hears_which_of_the_runs_that_it_remembers_have_ended() -> None:
+    """Also of those of another process."""
+    store = FaultyStore()
+    first = Target(does=lambda number: None if number == 1 else 0.0)
+
+    def a_marked_job() -> Any:
+        firing = FiringPolicy(overlap=Overlap.ALLOW, max_running=5)
+        return a_job(schedule=DAY, request=[[1.0]], sink=Marking(), firing=firing)
+
+    def key(run: CronRun) -> str:
+        return Firing("job", run.nominal, run.origin, 1).key
+
+    clock = WallClock()
+    async with (
+        cron_over(first, store=store, clock=clock) as near,
+        cron_over(store=FaultyStore(store.held), clock=clock) as far,
+    ):
+        await near.register(a_marked_job())
+        await far.register(a_marked_job())
+        hangs = await near.trigger("job")
+        await until_async(lambda: first.calls)
+        runs = [await run_ended(far), await run_ended(far), await run_ended(near)]
+        assert KEPT.ended == [[], [], sorted(map(key, runs[:1])), sorted(map(key, runs[:2]))]
+        assert (await near.run(hangs.number)).state.open
+        assert set(await store.held.memory("job")) == {"sink:", *(f"sink:{key(run)}" for run in (hangs, *runs))}
 
 
 @with_threads

@@ -6,14 +6,15 @@ import datetime as dt
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kapsl_scheduler.core.runs import Firing
+from kapsl_scheduler.core.runs import Firing, compact, run_of
 from kapsl_scheduler.errors import Unavailable
 from kapsl_scheduler.sinks import JsonLinesSink, ParquetSink
-from kapsl_scheduler.sinks.memory import Mark, Remembered, compact
+from kapsl_scheduler.sinks.memory import Mark, Remembered
 from kapsl_scheduler.sinks.paths import make_folder, naming, path_of
 from tests.sinks.answers import firing
 
@@ -105,6 +106,39 @@ def test_what_another_run_has_added_is_not_taken_away() -> None:
     resumed = Remembered(known, firing(attempt=2))
     assert resumed.mark is None
     assert resumed.at == 7
+
+
+def marks(*runs: tuple[Firing, int, str]) -> dict[str, str]:
+    """What is remembered of these, one after another."""
+    known: dict[str, str] = {}
+    for run, at, path in runs:
+        reached = Remembered(known, run).reached(at, path)
+        known = {key: mark for key, mark in {**known, **reached}.items() if mark is not None}
+    return known
+
+
+def after(known: dict[str, str], *ended: Firing) -> dict[str, str]:
+    """The same once another run, elsewhere, has begun and found that these have ended."""
+    run = msgspec.structs.replace(firing(9), ended=frozenset(one.key for one in ended))
+    return {key: mark for key, mark in {**known, **Remembered(known, run).reached(0, "/other")}.items() if mark}
+
+
+def test_what_ended_runs_added_is_safe_from_an_open_one_before_them() -> None:
+    first, second, third = firing(3), firing(4), firing(5)
+    known = marks((first, 7, "/out"), (second, 9, "/out"), (third, 11, "/out"))
+    known = after(known, second, third)
+    assert set(known) == {f"sink:{run.key}" for run in (first, third, firing(9))}
+    assert Remembered(known, firing(3, attempt=2)).mark is None
+    known = after(known, first, third)
+    assert set(known) == {f"sink:{firing(9).key}"}
+
+
+def test_the_key_of_a_run_says_which_it_is() -> None:
+    for origin in ("schedule", "backfill-Z:1", ""):
+        run = Firing("job", dt.datetime(2026, 11, 25, 3, 0, 0, 250, dt.UTC), origin, 1)
+        assert run_of(run.key) == (1795575600000250, origin)
+    assert run_of("20261125T030000Z:schedule") == (1795575600000000, "schedule")
+    assert run_of("last") is None
 
 
 def test_memory_that_cannot_be_read_is_none() -> None:

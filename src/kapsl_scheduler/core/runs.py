@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import msgspec
 
+from kapsl_scheduler.core.jobs import micros
+
 __all__ = [
     "SCHEDULE",
     "Backfill",
@@ -24,7 +26,9 @@ __all__ = [
     "Run",
     "RunState",
     "booked",
+    "compact",
     "repeated",
+    "run_of",
 ]
 
 SCHEDULE: Final = "schedule"
@@ -147,12 +151,37 @@ class JobState(msgspec.Struct, gc=False, frozen=True, omit_defaults=True):
 
 
 class Firing(msgspec.Struct, gc=False, frozen=True):
-    """What a job's callables, sources and sinks are told of a run. `nominal` is the time on the schedule."""
+    """What a job's callables, sources and sinks are told of a run. `nominal` is the time on the schedule.
+
+    `ended`, which only sinks hear, are the keys of those runs in the job's memory that have ended.
+    """
 
     job: str
     nominal: dt.datetime
     origin: str
     attempt: int
+    ended: frozenset[str] = frozenset()
+
+    @property
+    def key(self) -> str:
+        """Names the run among those of its job, in what a sink remembers."""
+        return f"{compact(self.nominal)}:{self.origin}"
+
+
+def compact(nominal: dt.datetime) -> str:
+    """The time in UTC as it may stand in a file's name: 20261125T030000Z, with a fraction if it has one."""
+    utc = nominal.astimezone(dt.UTC)
+    fraction = f".{utc.microsecond:06}" if utc.microsecond else ""
+    return f"{utc:%Y%m%dT%H%M%S}{fraction}Z"
+
+
+def run_of(key: str) -> tuple[int, str] | None:
+    """The nominal time and the origin of the run whose `Firing.key` this is; None if it is none."""
+    time, _, origin = key.partition(":")
+    try:
+        return micros(dt.datetime.fromisoformat(time)), origin
+    except ValueError:
+        return None
 
 
 class JobRecord(msgspec.Struct, gc=False, frozen=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -53,6 +53,7 @@ class ExecutionHost(Protocol):
     async def alone(self, execution: Execution) -> None: ...
     def has_job(self, execution: Execution) -> bool: ...
     async def memory(self, job: str) -> Mapping[str, str]: ...
+    async def ended_runs(self, job: str, keys: Collection[str]) -> frozenset[str]: ...
     async def checkpoint(self, execution: Execution, after: Run, memory: Mapping[str, str | None]) -> bool: ...
 
 
@@ -370,6 +371,10 @@ class Execution:
         known: dict[str, str | None] = {**self._memory, **self._news, **found}
         return {key: value for key, value in known.items() if value is not None}
 
+    async def ended(self, memory: Mapping[str, str]) -> frozenset[str]:
+        """The keys of runs of which the job's sink has remembered something and that have ended."""
+        return await self._host.ended_runs(self._job.id, await in_thread(_runs_in, memory))
+
     def _firing(self) -> Firing:
         run = self.run
         return Firing(run.job, moment(run.nominal), run.origin, run.attempt)
@@ -396,6 +401,11 @@ class Execution:
 
 
 _ANYBODYS_GUESS: Final = ("inference_error", "backend")
+
+
+def _runs_in(memory: Mapping[str, str]) -> list[str]:
+    """The keys of the runs that a sink has remembered. In a thread: a source may have remembered very much."""
+    return [key.removeprefix("sink:") for key in memory if key.startswith("sink:")]
 
 
 def _function(value: Any) -> Callable[..., Any]:

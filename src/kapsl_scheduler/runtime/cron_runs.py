@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 from kapsl_scheduler.core.firing import startable
 from kapsl_scheduler.core.jobs import moment
-from kapsl_scheduler.core.runs import Run, RunState
+from kapsl_scheduler.core.runs import Run, RunState, run_of
 from kapsl_scheduler.errors import StoreError
 from kapsl_scheduler.ports import CronTarget, RunQuery
 from kapsl_scheduler.runtime.cron_alarm import Alarm
@@ -279,6 +279,18 @@ class Runs:
 
     async def memory(self, job: str) -> Mapping[str, str]:
         return await self._ledger.store.memory(job)
+
+    async def ended_runs(self, job: str, keys: Collection[str]) -> frozenset[str]:
+        """Those of the job's runs, by `Firing.key`, that have ended. What goes on here is not looked up."""
+        ended: set[str] = set()
+        here = {one.run.key for one in self._of_job.get(job, ())}
+        for key in keys:
+            name = run_of(key)
+            if name is not None and (job, *name) not in here:
+                run = await self._ledger.store.run(job, *name)
+                if run is None or not run.state.open:
+                    ended.add(key)
+        return frozenset(ended)
 
     async def checkpoint(self, execution: Execution, after: Run, memory: Mapping[str, str | None]) -> bool:
         return bool(await self._ledger.do(Checkpoint(execution, after, memory)))

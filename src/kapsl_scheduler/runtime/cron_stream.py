@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
+import msgspec
 import numpy as np
 
 from kapsl_scheduler.core.runs import Firing
@@ -79,6 +80,7 @@ class StreamHost(Protocol):
     def infer(self, request: Any, *, starts: bool = ...) -> Awaitable[InferenceResponse]: ...
     async def checkpoint(self, memory: Mapping[str, str | None]) -> bool: ...
     async def memory(self) -> Mapping[str, str]: ...
+    async def ended(self, memory: Mapping[str, str]) -> frozenset[str]: ...
     async def alone(self) -> None: ...
 
 
@@ -307,6 +309,7 @@ class Stream:
         else:
             await self._host.alone()
             memory = await self._host.memory()
+            firing = msgspec.structs.replace(firing, ended=await self._host.ended(memory))
             self._writer = await self._in_turn(self._sink.open, firing, memory)
             await self._make_sure()  # where the run begins, should it be cut short before the next
 

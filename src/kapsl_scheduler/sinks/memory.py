@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Mapping
 from typing import Final
 
@@ -10,11 +9,9 @@ import msgspec
 
 from kapsl_scheduler.core.runs import Firing
 
-__all__ = ["Mark", "Remembered", "compact"]
+__all__ = ["Mark", "Remembered"]
 
 _PREFIX: Final = "sink:"
-_RUNS: Final = 100
-"""The most runs that a job's sink remembers, the newest: more than are open at a time."""
 
 
 class Mark(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -24,31 +21,35 @@ class Mark(msgspec.Struct, frozen=True, omit_defaults=True):
     path: str = ""
 
 
-def compact(nominal: dt.datetime) -> str:
-    """The time in UTC as it may stand in a file's name: 20261125T030000Z, with a fraction if it has one."""
-    utc = nominal.astimezone(dt.UTC)
-    fraction = f".{utc.microsecond:06}" if utc.microsecond else ""
-    return f"{utc:%Y%m%dT%H%M%S}{fraction}Z"
-
-
 class Remembered:
-    """The part of a job's memory that is about one run."""
+    """The part of a job's memory that is about one run. What is there of runs that have ended is forgotten on the way,
+    but for a mark behind which an open run must not take anything away."""
 
     def __init__(self, memory: Mapping[str, str], firing: Firing) -> None:
-        self._key = f"{_PREFIX}{compact(firing.nominal)}:{firing.origin}"
-        known = sorted(key for key in memory if key.startswith(_PREFIX) and key != self._key)
-        self._stale: dict[str, str | None] = dict.fromkeys(known[: max(0, len(known) + 1 - _RUNS)])
-        self._others = [mark for key in known if (mark := _read(memory[key])) is not None]
+        self._key = _PREFIX + firing.key
+        others = {key: _read(text) for key, text in memory.items() if key.startswith(_PREFIX) and key != self._key}
+        self._furthest: dict[str, int] = {}
+        for mark in others.values():
+            if mark is not None:
+                self._furthest[mark.path] = max(mark.at, self._furthest.get(mark.path, 0))
+        ended = {key for key in others if key.removeprefix(_PREFIX) in firing.ended}
+        passed = {mark.path for key, mark in others.items() if key not in ended and mark and self._is_passed(mark)}
+        self._stale: dict[str, str | None] = {
+            key: None
+            for key in sorted(ended)
+            if (mark := others[key]) is None or mark.path not in passed or self._is_passed(mark)
+        }
         self._mark = _read(memory[self._key]) if firing.attempt > 1 and self._key in memory else None
+
+    def _is_passed(self, mark: Mark) -> bool:
+        """Whether another run has gone on behind it at the same place."""
+        return mark.path != "" and mark.at < self._furthest.get(mark.path, 0)
 
     @property
     def mark(self) -> Mark | None:
         """Where the attempts before this one got, behind which all is to be done again. None if nothing is known, or if
         another run has gone on behind it at the same place: then nothing may be taken away."""
-        mark = self._mark
-        if mark is None or any(other.path == mark.path and other.at > mark.at for other in self._others):
-            return None
-        return mark
+        return None if self._mark is None or self._is_passed(self._mark) else self._mark
 
     @property
     def at(self) -> int:

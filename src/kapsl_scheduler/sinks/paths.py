@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from kapsl_scheduler.core.runs import Firing
+from kapsl_scheduler.core.runs import Firing, compact
 from kapsl_scheduler.errors import Unavailable
-from kapsl_scheduler.sinks.memory import compact
 
 __all__ = ["check_template", "lock", "make_folder", "naming", "path_of", "sync_folder"]
 

@@ -397,6 +397,8 @@ class Stream:
     async def _let_close(self, closed: asyncio.Future[None], limit: float | None) -> None:
         """Wait for it: of a run that is cancelled until the limit, of others longer. A sink that hangs is left to its
         thread."""
+        if closed.done():
+            return
         now = asyncio.get_running_loop().time()
         limit = now + LAST_WORD if limit is None else max(limit, now)
         try:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from kapsl_scheduler.app_http import Listening, listen, serve_http, server_version, tls_options
 from kapsl_scheduler.app_jobs import Jobs, faults_of_jobs
@@ -27,11 +27,19 @@ from kapsl_scheduler.errors import InvalidPackage
 from kapsl_scheduler.runtime.registry import ModelRegistry
 from kapsl_scheduler.server.loop import run_coroutine
 
-__all__ = ["Listening", "check", "run", "serve"]
+__all__ = ["Checked", "Listening", "check", "run", "serve"]
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 # Files that the process may have open beside its connections: models, stores.
 _OTHER_FILES: Final = 1024
+
+
+class Checked(NamedTuple):
+    """A model that loads, and how many jobs it brings."""
+
+    name: str
+    version: str
+    jobs: int
 
 
 def run(
@@ -48,7 +56,7 @@ def run(
     `KAPSL_CONFIG` names. Raises what `serve` raises, and `ConfigError`.
     """
     config = load_config(flags=settings, environment=os.environ)
-    run_coroutine(serve(config, models, engines=engines, announce=announce))
+    run_coroutine(serve(config, models or config.server.models, engines=engines, announce=announce))
 
 
 async def serve(
@@ -85,12 +93,12 @@ async def serve(
                 await serve_http(config, registry, cron, loading, listener, sockets, announce, stop, tracing)
 
 
-async def check(config: Config, models: Sequence[str]) -> list[str]:
-    """What a server would do with this configuration: a line for each model and its jobs. Everything is loaded once,
-    nothing is served, and no store is opened. Raises what is wrong, as `serve` does."""
+async def check(config: Config, models: Sequence[str]) -> list[Checked]:
+    """What a server would have with this configuration. Everything is loaded once, nothing is served, and no store is
+    opened. Raises what is wrong, as `serve` does."""
     Jobs(config)  # imports the functions that jobs may name
     tls_options(config.server)
-    lines: list[str] = []
+    found: list[Checked] = []
     with tempfile.TemporaryDirectory(prefix="kapsl-") as workdir:
         for source in await open_all(config, models, Path(workdir)):
             scheduler = await start_source(source)
@@ -101,10 +109,10 @@ async def check(config: Config, models: Sequence[str]) -> list[str]:
                 if faults:
                     raise InvalidPackage(faults, source=source.given)
                 jobs = 0 if manifest is None else len(manifest.cron_jobs)
-                lines.append(f"{source.name} {info.version}: loads, {jobs} job{'' if jobs == 1 else 's'}")
+                found.append(Checked(source.name, info.version, jobs))
             finally:
                 await scheduler.close(0.0)
-    return lines
+    return found
 
 
 def _allow_files(number: int) -> None:

@@ -1,8 +1,8 @@
-"""The command line: serve, infer, models, bench, pack, demo. Words in, words and exit codes out.
+"""The command line: serve, models, bench, pack, demo. Words in, words and exit codes out.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage. Modules that need an extra are imported by the command that needs them, so
-that every other command works without it, and starts fast. What is not here: what the commands do, and those about
-jobs (`cli_jobs`).
+that every other command works without it, and starts fast. What is not here: what the commands do, and those with
+modules of their own (`cli_infer`, `cli_jobs`, `cli_top`, `cli_tune`, ...).
 """
 
 from __future__ import annotations
@@ -15,20 +15,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-import numpy as np
 
+from kapsl_scheduler.cli_completion import completion
 from kapsl_scheduler.cli_frame import (
     Commands,
     ask_server,
     click,
     json_option,
+    metadata_of,
+    model_argument,
     print_json,
-    read_input,
+    priority_option,
     read_json,
     url_option,
 )
+from kapsl_scheduler.cli_infer import infer
 from kapsl_scheduler.cli_jobs import explain, jobs
+from kapsl_scheduler.cli_progress import passing
 from kapsl_scheduler.cli_token import token
+from kapsl_scheduler.cli_top import top
+from kapsl_scheduler.cli_tune import tune
 from kapsl_scheduler.config import (
     CRON_PREFIX,
     TRACING_PREFIX,
@@ -39,13 +45,12 @@ from kapsl_scheduler.config import (
     load_config,
     options,
 )
-from kapsl_scheduler.server.loop import run_coroutine
-from kapsl_scheduler.types import InferenceRequest, Priority, dtype_name
+from kapsl_scheduler.priority import Priority
 
 if TYPE_CHECKING:
     from kapsl_scheduler.app import Listening
     from kapsl_scheduler.client import Client, LoadTally
-    from kapsl_scheduler.server.oip import InferReply
+    from kapsl_scheduler.server.oip import InferCall
 
 __all__ = ["main"]
 
@@ -99,7 +104,7 @@ _HELP: Final[Mapping[str, str]] = {
 _SHORT_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {"cron_store": ("--store",)}
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="kapsl-scheduler")
 def main() -> None:
     """Answers live requests first and batches the rest behind them."""
@@ -108,12 +113,17 @@ def main() -> None:
 main.add_command(jobs)
 main.add_command(explain)
 main.add_command(token)
+main.add_command(infer)
+main.add_command(completion)
+main.add_command(top)
+main.add_command(tune)
 
-_input = click.option("--input", "source", metavar="FILE", help="Inputs: a .json or .npy file, or - for JSON on stdin.")
-_priority = click.option(
-    "--priority",
-    type=click.Choice([priority.name.lower() for priority in Priority]),
-    help="Class of the request; the model's default without it.",
+_input = click.option(
+    "--input",
+    "source",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="Inputs, as `infer` reads them; - is stdin.",
 )
 
 
@@ -130,6 +140,8 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     fields = [(prefix + field.name, field) for prefix, kind in sections for field in options(kind)]
     for key, field in reversed(fields):
+        if key == "models":  # which are the arguments
+            continue
         flags = ["--" + key.replace("_", "-"), *_SHORT_FLAGS.get(key, ())]
         shown = getattr(field.default, "value", field.default)
         text = _HELP[key] + (f" [default: {shown}]" if shown not in (None, (), False, True) else "")
@@ -144,33 +156,42 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _file_option = click.option(
-    "--config", "file", type=click.Path(path_type=Path), help="TOML file; KAPSL_CONFIG names one too."
+    "--config", "file", type=click.Path(path_type=Path, dir_okay=False), help="TOML file; KAPSL_CONFIG names one too."
 )
 
 
 @main.command()
-@click.argument("models", nargs=-1, required=True, metavar="[NAME=]PATH...")
+@click.argument("models", nargs=-1, type=click.Path(), metavar="[NAME=]PATH...")
 @_file_option
 @click.option("--check", is_flag=True, help="Load everything, say what is wrong with it, and serve nothing.")
 @_settings_options
-def serve(models: tuple[str, ...], file: Path | None, check: bool, **flags: Any) -> None:
+@json_option
+def serve(models: tuple[str, ...], file: Path | None, check: bool, as_json: bool, **flags: Any) -> None:
     """Serve models: .aimod packages, .onnx files or unpacked packages.
 
-    Settings come from flags, then KAPSL_... variables, then the file, then the defaults. Functions for jobs are in the
-    file only: [cron.callables].
+    Settings come from flags, then KAPSL_... variables, then the file, then the defaults. Models may be in the file too:
+    [server] models = ["NAME=PATH"]. Functions for jobs are in the file only: [cron.callables].
     """
     from kapsl_scheduler import app
     from kapsl_scheduler.server.journal import ACCESS, AUDIT
+    from kapsl_scheduler.server.loop import run_coroutine
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config = load_config(flags=flags, environment=os.environ, file=file)
+    config = load_config(flags=flags | {"models": models or None}, environment=os.environ, file=file)
+    models = config.server.models
+    if not models:
+        raise click.UsageError("nothing to serve: name a PATH, or some in the file: [server] models = [...]")
     AUDIT.setLevel(logging.INFO if config.tokens else logging.WARNING)  # with nobody to name it says nothing
     ACCESS.setLevel(logging.INFO if config.server.access_log else logging.WARNING)
-    if check:
-        for line in run_coroutine(app.check(config, models)):
-            click.echo(line)
-    else:
-        run_coroutine(app.serve(config, models, announce=_announce))
+    if not check:
+        run_coroutine(app.serve(config, models, announce=_announce_json if as_json else _announce))
+        return
+    found = run_coroutine(app.check(config, models))
+    if as_json:
+        print_json([model._asdict() for model in found])
+        return
+    for model in found:
+        click.echo(f"{model.name} {model.version}: loads, {model.jobs} job{'' if model.jobs == 1 else 's'}")
 
 
 @main.group("config")
@@ -196,49 +217,11 @@ def _announce(listening: Listening) -> None:
     click.echo(f"dashboard at {listening.url}/")
 
 
-# ------------------------------------------------------------------------------------------ infer, models
+def _announce_json(listening: Listening) -> None:
+    click.echo(msgspec.json.encode(listening._asdict()))  # one line, for who reads on
 
 
-@main.command()
-@click.argument("model")
-@_input
-@_priority
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that the answer may take.")
-@url_option
-@json_option
-def infer(model: str, source: str | None, priority: str | None, timeout: float | None, url: str, as_json: bool) -> None:
-    """Send one request to MODEL and print its answer.
-
-    JSON inputs are nested lists, {"name": lists} for several inputs, or a whole request of the protocol.
-    """
-    if source is None:
-        raise click.UsageError("--input FILE is missing; - reads JSON from stdin")
-    given, chosen = read_input(source), _class(priority)
-    reply: InferReply = ask_server(url, lambda client: _infer(client, model, given, chosen, timeout))
-    if as_json:
-        click.echo(msgspec.json.encode({name: array.tolist() for name, array in reply.outputs.items()}))
-        return
-    for name, array in reply.outputs.items():
-        shape = "x".join(map(str, array.shape))
-        click.echo(
-            f"{name} {dtype_name(array.dtype)} {shape}\n{np.array2string(array, precision=6, suppress_small=True)}"
-        )
-
-
-async def _infer(
-    client: Client, model: str, given: Any, priority: Priority | None, timeout: float | None
-) -> InferReply:
-    from kapsl_scheduler.client import read_call
-
-    call = read_call(given, await client.metadata(model))
-    return await client.infer(
-        model,
-        call.request.inputs,
-        priority=call.priority if priority is None else priority,
-        timeout=call.timeout if timeout is None else timeout,
-        outputs=call.outputs,
-        id=call.id,
-    )
+# ------------------------------------------------------------------------------------------------ models
 
 
 @main.command()
@@ -275,9 +258,9 @@ async def _describe_models(client: Client) -> list[dict[str, Any]]:
 
 
 @main.command()
-@click.argument("model")
+@model_argument
 @_input
-@_priority
+@priority_option
 @click.option("--connections", type=click.IntRange(min=1), default=32, show_default=True, help="Callers at a time.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
 @click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True, help="Rows of a request.")
@@ -286,7 +269,7 @@ async def _describe_models(client: Client) -> list[dict[str, Any]]:
 def bench(
     model: str,
     source: str | None,
-    priority: str | None,
+    priority: Priority | None,
     connections: int,
     seconds: float,
     rows: int,
@@ -297,12 +280,17 @@ def bench(
 
     Without --input the inputs are random numbers of the model's shapes. Exits with 1 if a request failed.
     """
-    given = None if source is None else read_input(source)
-    chosen = _class(priority)
-    tally: LoadTally = ask_server(url, lambda client: _bench(client, model, given, chosen, connections, seconds, rows))
+    from kapsl_scheduler.cli_inputs import read_first, stdin_of
+
+    stdin = stdin_of(source)
+
+    def call(metadata: Mapping[str, Any]) -> InferCall:
+        return _random(metadata, rows) if source is None else read_first(source, metadata, stdin=stdin)
+
+    tally: LoadTally = ask_server(url, lambda client: _bench(client, model, call, priority, connections, seconds))
     summary = tally.summary(seconds)
     if as_json:
-        click.echo(msgspec.json.encode(summary))
+        print_json(summary)
     else:
         click.echo(f"{summary['requests_per_second']:.0f} requests/s, {connections} callers, {seconds:g} s")
         click.echo(f"p50 {_ms(summary['p50'])}  p99 {_ms(summary['p99'])}")
@@ -315,17 +303,14 @@ def bench(
 async def _bench(
     client: Client,
     model: str,
-    given: Any,
+    asked: Callable[[Mapping[str, Any]], InferCall],
     priority: Priority | None,
     connections: int,
     seconds: float,
-    rows: int,
 ) -> LoadTally:
-    from kapsl_scheduler.client import closed_loop, random_inputs, read_call
-    from kapsl_scheduler.server.oip import InferCall
+    from kapsl_scheduler.client import closed_loop
 
-    metadata = await client.metadata(model)
-    call = InferCall(InferenceRequest(random_inputs(metadata, rows))) if given is None else read_call(given, metadata)
+    call = asked(await metadata_of(client, model))
     send = client.prepare(
         model,
         call.request.inputs,
@@ -333,7 +318,16 @@ async def _bench(
         timeout=call.timeout,
         outputs=call.outputs,
     )
-    return await closed_loop(send, callers=connections, seconds=seconds)
+    async with passing(f"asking {model}", seconds):
+        return await closed_loop(send, callers=connections, seconds=seconds)
+
+
+def _random(metadata: Mapping[str, Any], rows: int) -> InferCall:
+    from kapsl_scheduler.client import random_inputs
+    from kapsl_scheduler.server.oip import InferCall
+    from kapsl_scheduler.types import InferenceRequest
+
+    return InferCall(InferenceRequest(random_inputs(metadata, rows)))
 
 
 def _ms(seconds: float | None) -> str:
@@ -359,7 +353,10 @@ def _ms(seconds: float | None) -> str:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A file to put beside the model, such as its weights. May be repeated.",
 )
-def pack(model: Path, output: Path, manifest: Path | None, extra: tuple[Path, ...], **fields: str | None) -> None:
+@json_option
+def pack(
+    model: Path, output: Path, manifest: Path | None, extra: tuple[Path, ...], as_json: bool, **fields: str | None
+) -> None:
     """Write MODEL (an .onnx file) as an .aimod package."""
     from kapsl_scheduler.packages import build_package
 
@@ -369,7 +366,11 @@ def pack(model: Path, output: Path, manifest: Path | None, extra: tuple[Path, ..
     if "extra_files" in keys:  # no key of a manifest, but the name of an argument
         raise click.ClickException(f"{manifest}: extra_files: unknown key; --extra adds files")
     keys |= {key: value for key, value in fields.items() if value is not None}
-    click.echo(build_package(model, output, extra_files=extra, **keys))
+    package = build_package(model, output, extra_files=extra, **keys)
+    if as_json:
+        print_json({"package": str(package), "bytes": package.stat().st_size})
+        return
+    click.echo(package)
 
 
 @main.command()
@@ -378,15 +379,9 @@ def pack(model: Path, output: Path, manifest: Path | None, extra: tuple[Path, ..
 def demo(seconds: float, only_serve: bool) -> None:
     """Serve the digits model and send it real images, live and in bulk, while a job of its package fires."""
     from kapsl_scheduler.demo.run import PACKAGE, run
+    from kapsl_scheduler.server.loop import run_coroutine
 
     if only_serve:
         click.get_current_context().invoke(serve, models=(str(PACKAGE),), file=None, cron_store="memory")
     elif not run_coroutine(run(seconds)):
         sys.exit(1)
-
-
-# ------------------------------------------------------------------------------------------------ inputs
-
-
-def _class(name: str | None) -> Priority | None:
-    return None if name is None else Priority[name.upper()]

@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import difflib
 import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import msgspec
-import numpy as np
 
-from kapsl_scheduler.config import TOKEN_VARIABLE, ConfigError
+from kapsl_scheduler.cli_names import DEFAULT_URL, complete_job, complete_model
+from kapsl_scheduler.config import TOKEN_VARIABLE, URL_VARIABLE, ConfigError
 from kapsl_scheduler.errors import (
     CronError,
+    DeadlineExceeded,
     EngineError,
     InvalidExpression,
     InvalidJob,
     InvalidPackage,
     ModelNotLoaded,
-    NotFound,
+    Overloaded,
     Unauthorized,
     Unavailable,
 )
-from kapsl_scheduler.server.loop import run_coroutine
+from kapsl_scheduler.priority import Priority
 
 try:
     import click
@@ -46,9 +47,13 @@ __all__ = [
     "Commands",
     "ask_server",
     "click",
+    "job_argument",
     "json_option",
+    "metadata_of",
+    "model_argument",
     "print_json",
-    "read_input",
+    "priority_option",
+    "probably",
     "read_json",
     "url_option",
 ]
@@ -57,12 +62,12 @@ _log = logging.getLogger(__name__)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-_DEFAULT_URL: Final = "http://127.0.0.1:8080"
 _EXTRAS: Final = frozenset({"click", "httptools", "onnxruntime", "prometheus_client", "rich", "starlette", "uvicorn"})
 _ADVICE: Final[Mapping[type[Exception], str]] = {
-    Unavailable: "Start a server with `kapsl-scheduler serve MODEL`, or name one with --url.",
+    Unavailable: "Start a server with `kapsl-scheduler serve MODEL`, or name one with --url or KAPSL_URL.",
     ModelNotLoaded: "`kapsl-scheduler models` lists what is there.",
-    NotFound: "`kapsl-scheduler jobs list` lists what is there.",
+    DeadlineExceeded: "Allow it more with --timeout, or less work before it: `kapsl-scheduler top` shows the queues.",
+    Overloaded: "Ask again, with fewer requests at a time: `kapsl-scheduler top` shows the queues.",
     Unauthorized: "Set KAPSL_TOKEN to a token of this server; `kapsl-scheduler token new` makes one.",
 }
 # Seconds that threads have to end which nobody waits for: a sink that is being closed, say.
@@ -144,7 +149,33 @@ def _end_process(error: BaseException, left: Iterable[str]) -> NoReturn:
 
 
 def url_option(command: _Command) -> _Command:
-    return click.option("--url", default=_DEFAULT_URL, show_default=True, help="Address of the server.")(command)
+    # Eager: that names of models and jobs are completed from the server that it names.
+    return click.option(
+        "--url",
+        default=DEFAULT_URL,
+        envvar=URL_VARIABLE,
+        show_default=True,
+        show_envvar=True,
+        is_eager=True,
+        help="Address of the server.",
+    )(command)
+
+
+def model_argument(command: _Command) -> _Command:
+    return click.argument("model", shell_complete=complete_model)(command)
+
+
+def job_argument(command: _Command) -> _Command:
+    return click.argument("id", shell_complete=complete_job)(command)
+
+
+def priority_option(command: _Command) -> _Command:
+    return click.option(
+        "--priority",
+        type=click.Choice([priority.name.lower() for priority in Priority]),
+        callback=lambda context, parameter, name: None if name is None else Priority[name.upper()],
+        help="Class of the request; the model's default without it.",
+    )(command)
 
 
 def json_option(command: _Command) -> _Command:
@@ -158,25 +189,29 @@ def print_json(value: Any) -> None:
 def ask_server(url: str, ask: Callable[[Client], Awaitable[Any]]) -> Any:
     """What a call of the server returns."""
 
-    async def call() -> Any:
-        from kapsl_scheduler.client import Client
+    from kapsl_scheduler.client import Client
+    from kapsl_scheduler.server.loop import run_coroutine
 
+    async def call() -> Any:
         async with Client(url, token=os.environ.get(TOKEN_VARIABLE)) as client:
             return await ask(client)
 
     return run_coroutine(call())
 
 
-def read_input(source: str) -> Any:
-    """What is in a .npy file, or else JSON of a file or (`-`) of stdin."""
-    if source.endswith(".npy"):
-        try:
-            return np.load(source, allow_pickle=False)
-        except ValueError as error:
-            raise click.ClickException(f"{source}: is not an array: {error}") from error
-    if source == "-":
-        return read_json(sys.stdin.buffer.read(), "stdin")
-    return read_json(Path(source).read_bytes(), source)
+def probably(asked: str, known: Iterable[str]) -> str:
+    """What to put behind an error for a name that is not there; empty where none of the `known` comes near it."""
+    nearest = difflib.get_close_matches(asked, list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+async def metadata_of(client: Client, model: str) -> dict[str, Any]:
+    """A model's metadata. Where there is no such model, the error names the one that was probably meant."""
+    try:
+        return await client.metadata(model)
+    except ModelNotLoaded as error:
+        hint = probably(model, [entry["name"] for entry in await client.models()])
+        raise ModelNotLoaded(f"{error}{hint}") from None
 
 
 def read_json(data: bytes, where: str) -> Any:

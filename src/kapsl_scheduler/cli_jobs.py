@@ -5,20 +5,32 @@ What is not here: what they look like in print (`cli_tables`), what they do (the
 
 from __future__ import annotations
 
-import asyncio
 import datetime as dt
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kapsl_scheduler.cli_frame import ask_server, click, json_option, print_json, read_input, read_json, url_option
+from kapsl_scheduler.cli_frame import (
+    ask_server,
+    click,
+    job_argument,
+    json_option,
+    metadata_of,
+    print_json,
+    probably,
+    read_json,
+    url_option,
+)
+from kapsl_scheduler.cli_names import complete_job, complete_model
+from kapsl_scheduler.cli_progress import progress
 from kapsl_scheduler.core.cron import CronExpression
-from kapsl_scheduler.core.definition import encode_job
 from kapsl_scheduler.core.jobs import CronJob, CronOverflowPolicy, Named, RunPolicy
 from kapsl_scheduler.core.runs import RunState
-from kapsl_scheduler.types import Priority
+from kapsl_scheduler.errors import NotFound
+from kapsl_scheduler.priority import Priority
 
 if TYPE_CHECKING:
     from kapsl_scheduler.client import Client
@@ -37,6 +49,19 @@ def _moment(text: str) -> dt.datetime:
     if moment.tzinfo is None:
         raise click.BadParameter(f"{text!r} has no zone: add Z for UTC, or an offset such as +01:00")
     return moment
+
+
+def _ask_of_job(url: str, id: str | None, ask: Callable[[Client], Awaitable[Any]]) -> Any:
+    """What a call about a job returns. Where there is no such job, the error names the one that was probably meant."""
+
+    async def call(client: Client) -> Any:
+        try:
+            return await ask(client)
+        except NotFound as error:
+            hint = probably(id or "", [job["id"] for job in await client.jobs()])  # raises where there are none at all
+            raise NotFound(f"{error}{hint}\n`kapsl-scheduler jobs list` lists what is there.") from None
+
+    return ask_server(url, call)
 
 
 @click.group()
@@ -59,7 +84,7 @@ def list_jobs(url: str, as_json: bool) -> None:
 
 
 @jobs.command()
-@click.argument("id")
+@job_argument
 @url_option
 @json_option
 def show(id: str, url: str, as_json: bool) -> None:
@@ -68,7 +93,7 @@ def show(id: str, url: str, as_json: bool) -> None:
     async def ask(client: Client) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
         return await client.job(id), await client.preview_job(id), await client.runs(id, limit=5)
 
-    job, times, runs = ask_server(url, ask)
+    job, times, runs = _ask_of_job(url, id, ask)
     if as_json:
         print_json(job | {"next": times, "runs": runs})
         return
@@ -82,8 +107,10 @@ def show(id: str, url: str, as_json: bool) -> None:
 @click.option("--schedule", help='When it fires: "second minute hour day month weekday [year]".')
 @click.option("--every", type=click.FloatRange(min=0, min_open=True), help="Seconds between two firings, instead.")
 @click.option("--tz", default="UTC", show_default=True, help="Zone of the schedule.")
-@click.option("--model", help="Model that it asks; may be left out where there is but one.")
-@click.option("--input", "given", metavar="JSON|FILE", help="Inputs as `infer` takes them: JSON, a .json or .npy file.")
+@click.option(
+    "--model", shell_complete=complete_model, help="Model that it asks; may be left out where there is but one."
+)
+@click.option("--input", "given", metavar="JSON|FILE", help="Inputs: JSON, or a file as `infer` reads it.")
 @click.option("--callable", "name", help="Name under which the server has what makes its requests, instead.")
 @click.option("--priority", type=click.Choice([priority.name.lower() for priority in Priority]), default="background")
 @click.option(
@@ -111,12 +138,15 @@ def add(
     if schedule is not None and every is not None:
         raise click.UsageError("--schedule and --every: one of them says when, both came")
     when = schedule if every is None else every
+    from kapsl_scheduler.cli_inputs import stdin_of
+
+    stdin = stdin_of(what if when is None else given)
 
     async def ask(client: Client) -> list[tuple[bool, dict[str, Any]]]:
         if when is None:
-            definitions = _definitions(what)
+            definitions = _definitions(what, stdin)
         else:
-            definitions = [(what, await _definition(client, what, when, given, **options))]
+            definitions = [(what, await _definition(client, what, when, given, stdin, **options))]
         known = {job["id"] for job in await client.jobs()}
         return [(id in known, await client.put_job(id, definition)) for id, definition in definitions]
 
@@ -130,11 +160,11 @@ def add(
         click.echo(f"{'updated' if was_there else 'added'} {job['id']}: {cli_tables.outlook(job)}")
 
 
-def _definitions(file: str) -> list[tuple[str, bytes]]:
+def _definitions(file: str, stdin: bytes) -> list[tuple[str, bytes]]:
     """The jobs that a file describes."""
     if file != "-" and not Path(file).exists():
         raise click.UsageError(f"{file}: is no file; a job that is given by flags needs --schedule or --every")
-    content = read_json(sys.stdin.buffer.read(), "stdin") if file == "-" else read_json(Path(file).read_bytes(), file)
+    content = read_json(stdin, "stdin") if file == "-" else read_json(Path(file).read_bytes(), file)
     definitions = content if isinstance(content, list) else [content]
     for number, definition in enumerate(definitions):
         if not isinstance(definition, dict) or not isinstance(definition.get("id"), str):
@@ -147,6 +177,7 @@ async def _definition(
     id: str,
     when: str | float,
     given: str | None,
+    stdin: bytes,
     *,
     tz: str,
     model: str | None,
@@ -159,7 +190,7 @@ async def _definition(
     paused: bool,
 ) -> bytes:
     """The JSON form of the job that flags describe, with inputs as the model wants them."""
-    from kapsl_scheduler.client import read_call
+    from kapsl_scheduler.core.definition import encode_job
 
     if (given is None) == (name is None):
         raise click.UsageError("--input and --callable: one of them says what is asked")
@@ -170,7 +201,7 @@ async def _definition(
         (model,) = loaded
     request: Any = Named(name or "")
     if given is not None:
-        request = read_call(_inline(given), await client.metadata(model)).request.inputs
+        request = _inputs(given, stdin, await metadata_of(client, model))
     job = CronJob(
         id,
         when,
@@ -186,12 +217,18 @@ async def _definition(
     return encode_job(job.check(allow_latency_critical=True))  # whether it may be is the server's to say
 
 
-def _inline(given: str) -> Any:
-    return read_json(given.encode(), "--input") if given.lstrip()[:1] in ("[", "{") else read_input(given)
+def _inputs(given: str, stdin: bytes, metadata: dict[str, Any]) -> Any:
+    """What the JSON, or the file, says."""
+    from kapsl_scheduler.cli_inputs import read_first
+    from kapsl_scheduler.client import read_call
+
+    if given.lstrip()[:1] in ("[", "{"):
+        return read_call(read_json(given.encode(), "--input"), metadata).request.inputs
+    return read_first(given, metadata, stdin=stdin).request.inputs
 
 
 @jobs.command()
-@click.argument("id")
+@job_argument
 @click.option("-n", "number", type=click.IntRange(1, 1000), default=5, show_default=True)
 @url_option
 @json_option
@@ -201,7 +238,7 @@ def preview(id: str, number: int, url: str, as_json: bool) -> None:
     async def ask(client: Client) -> tuple[dict[str, Any], list[str]]:
         return await client.job(id), await client.preview_job(id, number)
 
-    job, times = ask_server(url, ask)
+    job, times = _ask_of_job(url, id, ask)
     if as_json:
         print_json(times)
         return
@@ -211,29 +248,37 @@ def preview(id: str, number: int, url: str, as_json: bool) -> None:
 
 
 @jobs.command()
-@click.argument("id")
+@job_argument
 @click.option("--reason", default="", help="Why, for those who will wonder.")
 @url_option
-def pause(id: str, reason: str, url: str) -> None:
+@json_option
+def pause(id: str, reason: str, url: str, as_json: bool) -> None:
     """Let a job fire no more until it is resumed; what runs goes on."""
-    job = ask_server(url, lambda client: client.pause_job(id, reason))
+    job = _ask_of_job(url, id, lambda client: client.pause_job(id, reason))
+    if as_json:
+        print_json(job)
+        return
     click.echo(f"paused {id}: {job['paused']}")
 
 
 @jobs.command()
-@click.argument("id")
+@job_argument
 @click.option("--catch-up", is_flag=True, help="Also for what was due meanwhile, by its misfire rule.")
 @url_option
-def resume(id: str, catch_up: bool, url: str) -> None:
+@json_option
+def resume(id: str, catch_up: bool, url: str, as_json: bool) -> None:
     """Let a job fire again."""
+    job = _ask_of_job(url, id, lambda client: client.resume_job(id, catch_up=catch_up))
+    if as_json:
+        print_json(job)
+        return
     from kapsl_scheduler import cli_tables
 
-    job = ask_server(url, lambda client: client.resume_job(id, catch_up=catch_up))
     click.echo(f"resumed {id}: {cli_tables.outlook(job)}")
 
 
 @jobs.command("run")
-@click.argument("id")
+@job_argument
 @click.option("--origin", help="A name for this run: asked for twice under one, it is one run.")
 @click.option("--wait", is_flag=True, help="Wait for its end; exit with 1 unless it succeeds.")
 @url_option
@@ -241,14 +286,20 @@ def resume(id: str, catch_up: bool, url: str) -> None:
 def run_job(id: str, origin: str | None, wait: bool, url: str, as_json: bool) -> None:
     """Let a job fire once, now."""
 
+    import asyncio
+
     async def ask(client: Client) -> dict[str, Any]:
         run = await client.trigger_job(id, origin)
-        while wait and RunState(run["state"]).open:
-            await asyncio.sleep(_POLL)
-            run = await client.get(f"/v2/cron/runs/{run['number']}")
+        if not wait:
+            return run
+        with progress(f"running {id}", 100) as tell:
+            while RunState(run["state"]).open:
+                tell(round(100 * (run["progress"] or 0)))
+                await asyncio.sleep(_POLL)
+                run = await client.get(f"/v2/cron/runs/{run['number']}")
         return run
 
-    run = ask_server(url, ask)
+    run = _ask_of_job(url, id, ask)
     if as_json:
         print_json(run)
     else:
@@ -260,7 +311,7 @@ def run_job(id: str, origin: str | None, wait: bool, url: str, as_json: bool) ->
 
 
 @jobs.command()
-@click.argument("id")
+@job_argument
 @click.argument("start", type=_moment)
 @click.argument("end", type=_moment)
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
@@ -271,7 +322,9 @@ def backfill(
     id: str, start: dt.datetime, end: dt.datetime, concurrency: int, origin: str | None, url: str, as_json: bool
 ) -> None:
     """Let a job fire for every time from START to before END, such as 2026-03-29T01:00:00Z."""
-    answer = ask_server(url, lambda client: client.backfill_job(id, start, end, concurrency=concurrency, origin=origin))
+    answer = _ask_of_job(
+        url, id, lambda client: client.backfill_job(id, start, end, concurrency=concurrency, origin=origin)
+    )
     if as_json:
         print_json(answer)
         return
@@ -279,7 +332,7 @@ def backfill(
 
 
 @jobs.command()
-@click.argument("id", required=False)
+@click.argument("id", required=False, shell_complete=complete_job)
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
 @click.option("--state", "states", multiple=True, type=click.Choice([state.value for state in RunState]))
 @click.option("--origin", help="Only the runs of one trigger or backfill, or of the `schedule`.")
@@ -287,7 +340,7 @@ def backfill(
 @json_option
 def history(id: str | None, limit: int, states: tuple[str, ...], origin: str | None, url: str, as_json: bool) -> None:
     """The runs of a job, or of all, the newest first."""
-    runs = ask_server(url, lambda client: client.runs(id, limit=limit, states=states, origin=origin))
+    runs = _ask_of_job(url, id, lambda client: client.runs(id, limit=limit, states=states, origin=origin))
     if as_json:
         print_json(runs)
         return
@@ -297,12 +350,16 @@ def history(id: str | None, limit: int, states: tuple[str, ...], origin: str | N
 
 
 @jobs.command()
-@click.argument("id")
+@job_argument
 @click.option("--cancel", is_flag=True, help="Cancel what runs; without it, it goes on to its end.")
 @url_option
-def remove(id: str, cancel: bool, url: str) -> None:
+@json_option
+def remove(id: str, cancel: bool, url: str, as_json: bool) -> None:
     """Forget a job. Its history stays."""
-    ask_server(url, lambda client: client.remove_job(id, cancel=cancel))
+    _ask_of_job(url, id, lambda client: client.remove_job(id, cancel=cancel))
+    if as_json:
+        print_json({"removed": id})
+        return
     click.echo(f"removed {id}")
 
 

@@ -15,7 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["outlook", "show_job", "show_jobs", "show_runs", "show_times", "span"]
+__all__ = [
+    "jobs_table",
+    "new_console",
+    "new_table",
+    "outlook",
+    "show_job",
+    "show_jobs",
+    "show_runs",
+    "show_times",
+    "span",
+]
 
 _WIDE: Final = 240  # columns where nobody looks: what reads the output wants each row on a line of its own
 _COLOURS: Final = {
@@ -52,11 +62,15 @@ def outlook(job: Mapping[str, Any]) -> str:
 
 
 def show_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
-    console = _console()
+    console = new_console()
     if not jobs:
         console.print("There are no jobs.")
         return
-    table = _table("id", "schedule", "next", "last", ">fired", ">failed", ">missed", ">running")
+    console.print(jobs_table(jobs))
+
+
+def jobs_table(jobs: Sequence[Mapping[str, Any]]) -> Table:
+    table = new_table("id", "schedule", "next", "last", ">fired", ">failed", ">missed", ">running")
     for job in jobs:
         last = _state(job["last_outcome"], job["last_reason"])
         if job["last_firing"] is not None:
@@ -68,11 +82,11 @@ def show_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
             last,
             *(str(job[key]) for key in ("fired_count", "failed", "missed_count", "running")),
         )
-    console.print(table)
+    return table
 
 
 def show_job(job: Mapping[str, Any], times: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> None:
-    console = _console()
+    console = new_console()
     table = Table(box=None, show_header=False, pad_edge=False)
     rows = {
         "id": job["id"],
@@ -103,23 +117,23 @@ def show_times(times: Iterable[dt.datetime], tz: str, after: dt.datetime | None 
     """Times in a zone, in UTC, and how far away they are: from now, or from another moment."""
     rows = list(times)
     if not rows:
-        _console().print("It never fires.")
+        new_console().print("It never fires.")
         return
     headings = ["UTC", "away"] if tz == "UTC" else [tz, "UTC", "away"]
-    table = _table(*headings)
+    table = new_table(*headings)
     for time in rows:
         utc = _written(time.astimezone(dt.UTC))
         local = [] if tz == "UTC" else [_written(_in_zone(time, tz))]
         table.add_row(*local, utc, _away(time, after))
-    _console().print(table)
+    new_console().print(table)
 
 
 def show_runs(runs: Sequence[Mapping[str, Any]]) -> None:
-    console = _console()
+    console = new_console()
     if not runs:
         console.print("There are no runs.")
         return
-    table = _table(">run", "job", "for", "origin", "outcome", ">late", ">took", ">requests", ">rows", "error")
+    table = new_table(">run", "job", "for", "origin", "outcome", ">late", ">took", ">requests", ">rows", "error")
     for run in runs:
         started = None if run["started"] is None else _moment(run["started"])
         late = None if started is None else max(0.0, (started - _moment(run["due"])).total_seconds())
@@ -146,12 +160,12 @@ def show_runs(runs: Sequence[Mapping[str, Any]]) -> None:
 # ------------------------------------------------------------------------------------------------- pieces
 
 
-def _console() -> Console:
+def new_console() -> Console:
     console = Console(highlight=False)
     return console if console.is_terminal else Console(width=_WIDE, highlight=False)
 
 
-def _table(*headings: str) -> Table:
+def new_table(*headings: str) -> Table:
     """Columns by their headings, right-aligned where one begins with `>`."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:

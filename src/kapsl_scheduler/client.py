@@ -170,6 +170,11 @@ class Client:
         statistics: dict[str, Any] = answer["model_stats"][0]
         return statistics
 
+    async def all_stats(self) -> list[dict[str, Any]]:
+        """The statistics of every version of every model."""
+        statistics: list[dict[str, Any]] = (await self.get("/v2/models/stats"))["model_stats"]
+        return statistics
+
     # ---------------------------------------------------------------------------------------------- jobs
 
     async def jobs(self) -> list[dict[str, Any]]:

@@ -20,10 +20,9 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 
-from kapsl_scheduler.core.batch import BatchPolicy
-from kapsl_scheduler.core.queue import QueueOverflowPolicy, QueuePolicy
+from kapsl_scheduler.core.policies import BatchPolicy, QueueOverflowPolicy, QueuePolicy
+from kapsl_scheduler.priority import Priority
 from kapsl_scheduler.server.access import Token, tokens_of
-from kapsl_scheduler.types import Priority
 
 __all__ = [
     "CRON_PREFIX",
@@ -43,7 +42,9 @@ _FILE_VARIABLE: Final = "KAPSL_CONFIG"
 _TOKENS_VARIABLE: Final = "KAPSL_TOKENS_TEXT"
 TOKEN_VARIABLE: Final = "KAPSL_TOKEN"
 """What the commands that ask a server say who they are with: none of the server's own settings."""
-_OTHER_VARIABLES: Final = frozenset({_FILE_VARIABLE, _TOKENS_VARIABLE, TOKEN_VARIABLE})
+URL_VARIABLE: Final = "KAPSL_URL"
+"""And which server they ask."""
+_OTHER_VARIABLES: Final = frozenset({_FILE_VARIABLE, _TOKENS_VARIABLE, TOKEN_VARIABLE, URL_VARIABLE})
 CRON_PREFIX: Final = "cron_"
 """What stands before the keys of `[cron]` where there are no sections: in flags and variables."""
 TRACING_PREFIX: Final = "tracing_"
@@ -74,8 +75,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `socket` is the path of the Kapsl socket, None: `kapsl.sock` in the temp directory, unless another server has that;
     a `socket_port` has it on TCP as well. `model_ids` are the numbers of models, which it asks for.
-    `model_directories` are where further models may be loaded from."""
+    `models` are what is served from the start, each a `PATH` or `NAME=PATH`; `model_directories` are where further ones
+    may be loaded from."""
 
+    models: tuple[_Path, ...] = ()
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
     allow_remote: bool = False

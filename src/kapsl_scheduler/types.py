@@ -5,7 +5,6 @@ Data only. Validation against a model lives in `core.admission`, the wire form o
 
 from __future__ import annotations
 
-import enum
 import uuid
 from collections.abc import Mapping
 from typing import Any, Final
@@ -15,6 +14,7 @@ import msgspec
 import numpy as np
 
 from kapsl_scheduler.errors import InferenceError
+from kapsl_scheduler.priority import Priority
 
 __all__ = [
     "EngineMetrics",
@@ -32,23 +32,6 @@ __all__ = [
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = Mapping[str, Array]
-
-
-class Priority(enum.IntEnum):
-    """The class of a request. Lower numbers are served first."""
-
-    LATENCY_CRITICAL = 0
-    THROUGHPUT = 1
-    BACKGROUND = 2
-
-    @classmethod
-    def of(cls, value: Any) -> Priority:
-        """The class that a value names: a member, its number, or its name in any case. Raises `ValueError`."""
-        try:
-            return cls[value.upper()] if isinstance(value, str) else cls(value)
-        except (KeyError, ValueError):
-            known = ", ".join(f"{priority.value} ({priority.name})" for priority in cls)
-            raise ValueError(f"expected one of {known}, got {value!r}") from None
 
 
 # ------------------------------------------------------------------------------------------------ dtypes

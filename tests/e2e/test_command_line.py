@@ -26,16 +26,18 @@ async def test_a_packed_model_is_served_asked_listed_and_loaded(tmp_path: Path) 
 
     async with serving(package) as server:
         url = ("--url", server.url)
-        code, printed, _ = await run("infer", "zeros", "--input", pixels, "--json", *url)
+        code, printed, _ = await run("infer", "zeros", pixels, "--json", *url)
         assert code == 0
-        assert np.array(json.loads(printed)["probabilities"]).shape == (1, 10)
-        code, printed, _ = await run("infer", "zeros", "--input", pixels, *url)
+        (answer,) = json.loads(printed)
+        assert answer["input"] == str(pixels)
+        assert np.array(answer["outputs"]["probabilities"]).shape == (1, 10)
+        code, printed, _ = await run("infer", "zeros", pixels, *url)
         assert (code, printed.splitlines()[0]) == (0, "probabilities float32 1x10")
 
         request = tmp_path / "request.json"
         tensor = {"name": "pixels", "shape": [2, 64], "datatype": "FP32", "data": [0] * 128}
         request.write_text(json.dumps({"inputs": [tensor], "parameters": {"priority": 3}}))
-        code, printed, _ = await run("infer", "zeros", "--input", request, *url)
+        code, printed, _ = await run("infer", "zeros", request, *url)
         assert (code, printed.splitlines()[0]) == (0, "probabilities float32 2x10")
 
         code, printed, _ = await run("bench", "zeros", "--connections", "2", "--seconds", "0.2", "--json", *url)
@@ -52,9 +54,9 @@ async def test_a_packed_model_is_served_asked_listed_and_loaded(tmp_path: Path) 
         code, printed, _ = await run("models", *url)
         assert "input  pixels  FP32 [?, 64]" in printed
 
-        code, _, said = await run("infer", "none", "--input", pixels, *url)
+        code, _, said = await run("infer", "zeroes", pixels, *url)
         assert code == 1
-        assert "'zeros'" in said
+        assert "did you mean 'zeros'?" in said
         assert "kapsl-scheduler models" in said
         code, printed, _ = await run("bench", "zeros", "--seconds", "0.1", "--rows", "1000", *url)
         assert code == 1
@@ -80,9 +82,12 @@ async def test_a_taken_port_is_one_line_that_says_what_to_do() -> None:
         (("serve", DIGITS), {"KAPSL_PROT": "1"}, 2, "the nearest valid key is 'KAPSL_PORT'"),
         (("serve", DIGITS, "--max-batch-size", "0"), {}, 2, "--max-batch-size"),
         (("serve",), {}, 2, "PATH"),
-        (("infer", "m"), {}, 2, "--input"),
-        (("infer", "m", "--input", "missing.json"), {}, 1, "missing.json"),
-        (("infer", "m", "--input", __file__), {}, 1, "is not JSON"),
+        (("infer", "m"), {}, 2, "FILE"),
+        (("infer", "m", "-", "-"), {}, 2, "once"),
+        (("infer", "m", "x.npy", "--output", "x.json"), {}, 2, ".npz"),
+        (("infer", "m", "x.npy", "--pixel-mean", "a"), {}, 2, "--pixel-mean"),
+        (("bench", "m", "--input", "missing.json"), {}, 2, "missing.json"),
+        (("tune", DIGITS, "--input", __file__), {}, 1, "expected an image, an array (.npy, .npz) or JSON"),
         (("models", "--url", "http://127.0.0.1:1"), {}, 1, "kapsl-scheduler serve"),
         (("models", "--url", "ftp://x"), {}, 1, "no server address"),
         (("models", "--url", "http://127.0.0.1:99999"), {}, 1, "no server address"),

@@ -313,6 +313,8 @@ async def test_commands_say_what_is_wrong(tmp_path: Path) -> None:
             result = await jobs(*arguments, stdin=stdin)
             assert result.exit_code == code, (arguments, result.output)
             assert said in result.output, (arguments, result.output)
+        await jobs("add", "nightly", "--every", "3600", "--input", row)
+        assert "did you mean 'nightly'?\n`kapsl-scheduler jobs list`" in (await jobs("pause", "nigthly")).output
         await jobs("add", "a", "--every", "3600", "--input", row)
         with pytest.raises(InvalidJob):
             async with Client(server.url) as client:

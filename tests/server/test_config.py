@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
+from kapsl_scheduler.cli import main
 from kapsl_scheduler.config import (
     Config,
     ConfigError,
@@ -289,3 +294,41 @@ def test_settings_of_traces_come_from_every_place_and_are_shown(tmp_path: Path) 
     }
     with pytest.raises(ConfigError, match="KAPSL_TRACING_SAMPLE_RATIO: "):
         load_config(flags={}, environment={"KAPSL_TRACING_SAMPLE_RATIO": "2"})
+
+
+def some_value(field: msgspec.structs.FieldInfo) -> Any:
+    """The default as TOML has it, or any value where the default says that there is none."""
+    if field.default is not None and field.default is not msgspec.NODEFAULT:
+        return msgspec.to_builtins(field.default)
+    for value in (7000, 0.5, "text", {}):
+        with contextlib.suppress(msgspec.ValidationError):
+            return msgspec.to_builtins(msgspec.convert(value, field.type))
+    raise AssertionError(field)
+
+
+def test_every_setting_can_stand_in_the_file(tmp_path: Path) -> None:
+    file, tokens = tmp_path / "kapsl.toml", tmp_path / "tokens"
+    tokens.write_text(made_token("ann", Role.READER)[1])
+    sections = {
+        name: part for name, part in msgspec.structs.asdict(Config()).items() if isinstance(part, msgspec.Struct)
+    }
+    given = {
+        f"{name}.{field.name}": some_value(field)
+        for name, part in sections.items()
+        for field in msgspec.structs.fields(part)
+    } | {"server.tokens": str(tokens)}
+    # JSON's numbers, texts and lists are TOML's too, and so is its empty object.
+    file.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in given.items()))
+
+    settings = list(load_config(flags={}, environment={}, file=file).settings())
+
+    assert {name: msgspec.to_builtins(value) for name, value, _ in settings} == given
+    assert [where for name, _, where in settings] == [f"{file}: {name}" for name in given]
+
+
+def test_serve_has_no_option_that_the_file_has_not() -> None:
+    options = {parameter.name for parameter in main.commands["serve"].params}
+    keys = {name.removeprefix("server.").removeprefix("model.").replace(".", "_") for name, *_ in Config().settings()}
+
+    assert options - {"file", "check", "as_json"} <= keys
+    assert keys - options == {"model_ids", "cron_callables"}  # tables, which are in the file only

@@ -13,43 +13,11 @@ from typing import Any, Final, cast
 import msgspec
 import numpy as np
 
+from kapsl_scheduler.core.policies import BatchPolicy
 from kapsl_scheduler.errors import InferenceError
 from kapsl_scheduler.types import Array, ModelInfo, Priority, Tensors
 
 __all__ = ["Batch", "BatchPolicy", "Layout", "Pending", "Shape", "State"]
-
-
-class BatchPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """How batches form. Times are seconds, sizes are rows.
-
-    `max_batch_size`, `preferred_batch_sizes` and `max_queue_delay` mean what Triton's dynamic batcher means by
-    them; the delay holds only work below `LATENCY_CRITICAL`. `max_batch_time` cuts batches that `THROUGHPUT`
-    leads by their predicted time. `fill_slack`: rows of lower classes ride along while the batch's predicted
-    time stays within (1 + fill_slack) x the leaders' own. `background_slice`: the predicted time that a batch of
-    `BACKGROUND` may take, the bound on what it can add to a live request.
-    """
-
-    max_batch_size: int = 32
-    max_queue_delay: float = 0.0
-    preferred_batch_sizes: tuple[int, ...] = ()
-    max_batch_time: float | None = None
-    fill_slack: float = 0.25
-    background_slice: float = 0.005
-
-    def __post_init__(self) -> None:
-        if self.max_batch_size < 1:
-            raise ValueError(f"max_batch_size: expected at least 1, got {self.max_batch_size}")
-        for field in ("max_queue_delay", "fill_slack", "background_slice"):
-            value = getattr(self, field)
-            if not value >= 0:
-                raise ValueError(f"{field}: expected a number of at least 0, got {value}")
-        if self.max_batch_time is not None and not self.max_batch_time > 0:
-            raise ValueError(f"max_batch_time: expected more than 0 seconds, got {self.max_batch_time}")
-        wrong = [size for size in self.preferred_batch_sizes if not 1 <= size <= self.max_batch_size]
-        if wrong:
-            raise ValueError(
-                f"preferred_batch_sizes: expected sizes from 1 to max_batch_size ({self.max_batch_size}), got {wrong}"
-            )
 
 
 class Shape:

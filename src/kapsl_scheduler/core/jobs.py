@@ -17,7 +17,7 @@ import msgspec
 
 from kapsl_scheduler.core.cron import CronExpression, Interval, Schedule, schedule_of
 from kapsl_scheduler.errors import InvalidExpression, InvalidJob
-from kapsl_scheduler.types import Priority
+from kapsl_scheduler.priority import Priority
 
 __all__ = [
     "Coalesce",

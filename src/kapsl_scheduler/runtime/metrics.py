@@ -26,6 +26,7 @@ __all__ = [
     "Latencies",
     "SchedulerHealth",
     "SchedulerStatistics",
+    "percentile_of",
 ]
 
 _SMALLEST: Final = 1e-5  # seconds
@@ -77,6 +78,13 @@ class Histogram:
         return [int(count) for count in self._sorted().counts]
 
     @property
+    def counts_by_bound(self) -> dict[float, int]:
+        """Only of the buckets that have any; what is above all of them is in the last one's."""
+        counts = self.counts
+        counts[-2] += counts.pop()
+        return {bound: count for bound, count in zip(BOUNDS, counts, strict=True) if count}
+
+    @property
     def total(self) -> float:
         return self._sorted().total
 
@@ -100,7 +108,7 @@ class Histogram:
 
     def percentile(self, percent: float) -> float | None:
         """Seconds below which `percent` of the values lie, to within a bucket; None without values."""
-        return _percentile(self.counts, percent)
+        return percentile_of(self.counts, percent)
 
 
 _BOUNDS_US: Final = tuple(int(bound * 1e6) for bound in BOUNDS)  # rounding down changes nothing for whole numbers
@@ -149,10 +157,11 @@ class Durations:
 
     def percentile(self, percent: float) -> float | None:
         """Seconds below which `percent` of the values lie, to within a bucket; None without values."""
-        return _percentile(self.counts, percent)
+        return percentile_of(self.counts, percent)
 
 
-def _percentile(counts: Sequence[int], percent: float) -> float | None:
+def percentile_of(counts: Sequence[int], percent: float) -> float | None:
+    """Seconds below which `percent` of what the buckets count lies, to within a bucket; None where they are empty."""
     behind = list(accumulate(counts))
     rank = behind[-1] * percent / 100
     if not rank:
@@ -207,7 +216,9 @@ class Books:
 
 
 class ClassStatistics(msgspec.Struct, frozen=True):
-    """One class: requests queued now, answered so far, and their seconds from arrival to answer."""
+    """One class: requests queued now, answered so far, and their seconds from arrival to answer. `latency_counts` are
+    those answers by the upper bounds of their buckets (some of `BOUNDS`): of two moments the difference tells what
+    requests took in between."""
 
     queued: int
     succeeded: int
@@ -215,6 +226,7 @@ class ClassStatistics(msgspec.Struct, frozen=True):
     latency_p99: float | None
     latency_total: float
     queue_time_total: float
+    latency_counts: Mapping[float, int]
 
 
 class SchedulerStatistics(msgspec.Struct, frozen=True):

@@ -276,6 +276,7 @@ def report(books: Books, dispatches: Sequence[Dispatch]) -> SchedulerStatistics:
             latency_p99=figures.latency.percentile(99),
             latency_total=figures.latency.total,
             queue_time_total=figures.queue_time,
+            latency_counts=figures.latency.counts_by_bound,
         )
         for priority, figures in zip(Priority, books.classes, strict=True)
     }

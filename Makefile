@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SECONDS ?= 20
+PROTO := src/kapsl_scheduler/server/proto
 
-.PHONY: demo serve test check fmt stress screenshots bench soak clean
+.PHONY: demo serve test check fmt stress screenshots proto clients bench soak clean
 
 demo: $(VENV)/.run  ## the digits model over HTTP, live and throughput traffic at once
 	$(BIN)/kapsl-scheduler demo --seconds $(SECONDS)
@@ -31,6 +32,11 @@ stress: $(VENV)/.dev  ## 100,000 simulated arrivals and many more examples for e
 screenshots: $(VENV)/.dev  ## pictures of the dashboard, on a desk and on a phone, light and dark: build/screenshots
 	$(BIN)/python -m pytest tests/e2e/test_dashboard.py -k every_view
 
+proto: $(VENV)/.dev  ## compile the messages of gRPC anew, after a change of a .proto file
+	$(BIN)/python -m grpc_tools.protoc --proto_path $(PROTO) --descriptor_set_out $(PROTO)/descriptors.binpb $(notdir $(sort $(wildcard $(PROTO)/*.proto)))
+
+clients: $(VENV)-clients/.done  ## clients that need an environment of their own, for tests/e2e/test_other_clients.py
+
 bench: $(VENV)/.bench  ## speed against the engine and against other batchers; see docs/benchmarks.md
 	$(BIN)/python -m benchmarks all --peers
 
@@ -38,19 +44,24 @@ soak: $(VENV)/.run  ## a server at 0.8 of its capacity for ten minutes: memory, 
 	$(BIN)/python -m benchmarks soak --check
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf $(VENV) $(VENV)-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,server]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,server,grpc]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,server,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,server,grpc,dev]'
 	touch $@ $(VENV)/.run
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[onnx,server,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[onnx,server,grpc,bench]'
+	touch $@
+
+$(VENV)-clients/.done: tests/e2e/clients.txt
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install --quiet --requirement tests/e2e/clients.txt
 	touch $@

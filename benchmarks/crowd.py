@@ -36,7 +36,7 @@ READ_AHEAD: Final = 4096
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """`rate` live requests a second come for `seconds` in each trial, over at most `connections`; the crowd is of
-    `idle` and `slow` ones."""
+    `idle` and `stalling` ones."""
 
     loop: str = "uvloop"
     rounds: int = 7
@@ -45,7 +45,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     rate: float = 500.0
     connections: int = 16
     idle: int = 1000
-    slow: int = 100
+    stalling: int = 100
 
 
 def run(options: Options) -> Report:
@@ -57,7 +57,7 @@ def run(options: Options) -> Report:
             "seconds": options.seconds,
             "rate": options.rate,
             "idle": options.idle,
-            "slow": options.slow,
+            "stalling": options.stalling,
             "loop": options.loop,
         },
     )
@@ -79,7 +79,7 @@ async def _trial(port: int, options: Options, *, crowded: bool) -> list[float]:
     request = binary_request(np.random.default_rng(0).random((1, 64)).astype(np.float32))
     async with contextlib.AsyncExitStack() as stack:
         if crowded:
-            await stack.enter_async_context(_crowd(port, request, options.idle, options.slow))
+            await stack.enter_async_context(_crowd(port, request, options.idle, options.stalling))
         free: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
         for _ in range(options.connections):
             free.put_nowait(await asyncio.open_connection("127.0.0.1", port))
@@ -110,7 +110,7 @@ async def _answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
 
 
 @contextlib.asynccontextmanager
-async def _crowd(port: int, request: bytes, idle: int, slow: int) -> AsyncIterator[None]:
+async def _crowd(port: int, request: bytes, idle: int, stalling: int) -> AsyncIterator[None]:
     writers: list[asyncio.StreamWriter] = []
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -119,7 +119,7 @@ async def _crowd(port: int, request: bytes, idle: int, slow: int) -> AsyncIterat
             writers.append(writer)
             await _answered(reader, writer, request)
         half = request.index(b"\r\n\r\n") + 4
-        for number in range(slow):
+        for number in range(stalling):
             if number % 3 == 2:
                 tasks.append(asyncio.create_task(_does_not_read(port)))
                 continue

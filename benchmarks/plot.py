@@ -208,6 +208,16 @@ def _draw_door(report: Report, plt: Any) -> Any:
     return figure
 
 
+def _draw_grpc(report: Report, plt: Any) -> Any:
+    crowds = _distinct(report.measurements, "callers")
+    figure, grid = plt.subplots(1, len(crowds), figsize=(5 * len(crowds), 2.0), squeeze=False)
+    for axes, callers in zip(grid[0], crowds, strict=True):
+        measured = _of(report, "calls", callers=callers)
+        _bars(axes, measured, "asked", lambda name: _REFERENCE if name == "echo" else _OURS)
+        axes.set_title(f"{callers} callers: calls/s", fontsize=9)
+    return figure
+
+
 def _draw_crowd(report: Report, plt: Any) -> Any:
     return _draw_latencies(report, plt, "beside", "a crowd")
 
@@ -234,6 +244,7 @@ _DRAWINGS: Final[dict[str, Callable[[Report, Any], Any]]] = {
     "crowd": _draw_crowd,
     "streams": _draw_streams,
     "flood": _draw_flood,
+    "grpc": _draw_grpc,
     "micro": _draw_micro,
     "overload": _draw_overload,
     "queue10k": _draw_queue,

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from kapsl_scheduler.app_grpc import check_grpc, grpc_port
 from kapsl_scheduler.app_http import Listening, listen, serve_http, server_version, tls_options
 from kapsl_scheduler.app_jobs import Jobs, faults_of_jobs
 from kapsl_scheduler.app_kapsl import kapsl_listeners
@@ -76,6 +77,7 @@ async def serve(
     that cannot be had.
     """
     jobs = Jobs(config)  # before signals are handled: what it imports may take a while
+    tls_options(config.server)  # what is wrong with certificates is said before models are loaded
     _allow_files(2 * config.server.max_connections + _OTHER_FILES)  # over HTTP, and as many over the Kapsl socket
     with (
         _first_signal() as stop,
@@ -84,13 +86,14 @@ async def serve(
         kapsl_listeners(config.server) as sockets,
     ):
         async with (
+            grpc_port(config.server) as grpc,
             tracing_to(config.tracing, server_version()) as tracing,
             ModelRegistry(partial(start_source, tracing=tracing), placed=jobs.start) as registry,
             jobs.over(registry) as cron,
             Models(config, registry, jobs, Path(workdir)) as loading,
         ):
             if await _done_before(stop, loading.load(models, engines)):
-                await serve_http(config, registry, cron, loading, listener, sockets, announce, stop, tracing)
+                await serve_http(config, registry, cron, loading, listener, sockets, grpc, announce, stop, tracing)
 
 
 async def check(config: Config, models: Sequence[str]) -> list[Checked]:
@@ -98,6 +101,7 @@ async def check(config: Config, models: Sequence[str]) -> list[Checked]:
     opened. Raises what is wrong, as `serve` does."""
     Jobs(config)  # imports the functions that jobs may name
     tls_options(config.server)
+    check_grpc(config.server)
     found: list[Checked] = []
     with tempfile.TemporaryDirectory(prefix="kapsl-") as workdir:
         for source in await open_all(config, models, Path(workdir)):

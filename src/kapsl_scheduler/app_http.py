@@ -46,6 +46,7 @@ from kapsl_scheduler.server.openai import OpenAiApi
 from kapsl_scheduler.server.service import Service
 
 if TYPE_CHECKING:
+    from kapsl_scheduler.server.grpc_server import GrpcServer
     from kapsl_scheduler.server.tracing import Tracing
 
 __all__ = ["Listening", "listen", "serve_http", "server_version", "tls_options"]
@@ -66,6 +67,7 @@ class Listening(NamedTuple):
     url: str
     models: tuple[str, ...]
     sockets: tuple[str, ...] = ()
+    grpc: str | None = None
 
 
 class _Server(uvicorn.Server):
@@ -100,6 +102,7 @@ async def serve_http(
     models: Models,
     listener: socket.socket,
     sockets: Sequence[socket.socket],
+    grpc: GrpcServer | None,
     announce: Callable[[Listening], None],
     stop: asyncio.Event,
     tracing: Tracing | None,
@@ -156,11 +159,17 @@ async def serve_http(
             timeout_graceful_shutdown=math.ceil(config.server.drain) + _GOODBYE,
             **tls_options(settings),
         ),
-        started=lambda: announce(Listening(url, names, tuple(map(endpoint_of, sockets)))),
+        started=lambda: announce(
+            Listening(url, names, tuple(map(endpoint_of, sockets)), None if grpc is None else grpc.address)
+        ),
     )
     # uvicorn has a warning for each request that is no HTTP: strangers could fill the log, or a pipe that nobody reads.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     await kapsl.start(sockets)
+    if grpc is not None:
+        await grpc.start(
+            service, reload=models.reload, unload=models.unload, access=access, access_log=settings.access_log
+        )
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(server.serve([listener]))
         sweeping = group.create_task(_sweep(server, kapsl, settings.client_patience))
@@ -178,6 +187,8 @@ async def serve_http(
         server.should_exit = True
         ending = group.create_task(kapsl.close(config.server.drain + _GOODBYE))
         draining.add(ending)
+        if grpc is not None:
+            draining.add(group.create_task(grpc.close(config.server.drain + _GOODBYE)))
         await asyncio.wait(draining, timeout=config.server.drain)
         if cron is not None:  # its runs are cut short by now, and it is being written down that it was not their model
             await asyncio.wait({closing}, timeout=_LAST_WORD)

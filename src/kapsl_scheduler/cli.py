@@ -67,6 +67,8 @@ _HELP: Final[Mapping[str, str]] = {
     "tls_cert": "Certificate of the server (PEM), with its chain: makes it HTTPS.",
     "tls_key": "Its private key (PEM).",
     "tls_client_ca": "Authority (PEM) whose certificate each client must have.",
+    "grpc_enabled": "Offer no gRPC.",
+    "grpc_port": "Port of gRPC; 0 takes one that is free. [default: 8001]",
     "socket": "Path of the Kapsl socket. [default: kapsl.sock in the temp directory]",
     "socket_enabled": "Have no Kapsl socket in the file system.",
     "socket_host": "Address of the Kapsl socket on TCP.",
@@ -214,6 +216,8 @@ def _announce(listening: Listening) -> None:
     click.echo(f"listening on {listening.url} with {', '.join(listening.models)}")
     if listening.sockets:
         click.echo(f"for Kapsl clients on {', '.join(listening.sockets)}")
+    if listening.grpc is not None:
+        click.echo(f"for gRPC clients on {listening.grpc}")
     click.echo(f"dashboard at {listening.url}/")
 
 

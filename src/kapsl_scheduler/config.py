@@ -76,7 +76,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     `socket` is the path of the Kapsl socket, None: `kapsl.sock` in the temp directory, unless another server has that;
     a `socket_port` has it on TCP as well. `model_ids` are the numbers of models, which it asks for.
     `models` are what is served from the start, each a `PATH` or `NAME=PATH`; `model_directories` are where further ones
-    may be loaded from."""
+    may be loaded from.
+
+    gRPC is offered where grpcio is installed, on the same address, unless `grpc_enabled` is false: at `grpc_port`, of
+    which None is 8001, or one that is free where `port` is 0."""
 
     models: tuple[_Path, ...] = ()
     host: str = "127.0.0.1"
@@ -89,6 +92,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     client_patience: Annotated[float, msgspec.Meta(gt=0)] = 20.0
     drain: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 10.0
     ready_grace: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 0.0
+    grpc_enabled: bool = True
+    grpc_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
     socket: _Path | None = None
     socket_enabled: bool = True
     socket_host: str = "127.0.0.1"

@@ -105,7 +105,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """What an engine says of its model. All engines of one `Scheduler` report equal infos.
 
     `batchable` is whether rows of several requests may share one call. `inputs` may be empty for an engine that
-    does not know its inputs (a bare function): then nothing is validated beyond rows that agree.
+    does not know its inputs (a bare function): then nothing is validated beyond rows that agree. `streams` is whether
+    one request may have several answers, by `infer_stream`.
     """
 
     name: str
@@ -115,6 +116,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     framework: str = ""
     batchable: bool = False
     metadata: Mapping[str, str] = {}
+    streams: bool = False
 
 
 class EngineMetrics(msgspec.Struct, frozen=True):

@@ -114,6 +114,35 @@ def test_values_that_no_decoder_can_show_are_refused_by_name(datatype: str, data
         decode_request(body)
 
 
+@pytest.mark.parametrize(
+    ("datatype", "data", "came"),
+    [
+        ("INT32", "[3.0, -2, 0.0]", [3, -2, 0]),
+        ("UINT8", "[255.0]", [255]),
+        ("INT64", "[[9007199254740991.0], [1]]", [[2**53 - 1], [1]]),
+        ("BOOL", "[1.0, 0]", [True, False]),
+        ("UINT8", "[256.0]", "data[0] is 256.0, expected an integer from 0 to 255"),
+        ("INT64", "[9007199254740992.0]", "data[0] is"),
+        ("INT64", "[9007199254740993, 1.0]", "data[1] is 1.0, expected an integer"),
+        ("INT32", "[1, 2.5]", "data[1] is 2.5, expected an integer"),
+        ("BOOL", "[2.0]", "data[0] is 2.0, expected true, false, 0 or 1"),
+        ("BOOL", "[true, 1.0]", "data[1] is 1.0, expected true, false, 0 or 1"),
+        ("INT8", '[1.0, "1"]', "data[0] is 1.0, expected an integer"),
+    ],
+)
+def test_whole_numbers_may_come_as_floats(datatype: str, data: str, came: Any) -> None:
+    shape = list(np.array(json.loads(data), object).shape)
+    body = json.dumps({"name": "x", "shape": shape, "datatype": datatype, "data": 0}).replace(": 0}", f": {data}}}")
+    body = f'{{"inputs": [{body}]}}'
+    if isinstance(came, str):
+        with pytest.raises(InvalidInput) as raised:
+            decode_request(body.encode())
+        assert came in str(raised.value)
+    else:
+        array = decode_request(body.encode()).request.inputs["x"]
+        assert (array.dtype, array.tolist()) == (numpy_dtype_of(datatype), came)
+
+
 def test_an_error_is_never_much_larger_than_a_request_may_be() -> None:
     faulty = {"name": "x", "shape": [1], "datatype": "FP31", "data": [1]}
     bodies: list[dict[str, Any]] = [

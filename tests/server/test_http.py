@@ -38,7 +38,7 @@ from kapsl_scheduler.errors import (
 )
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
 from kapsl_scheduler.server.answers import status_of
-from kapsl_scheduler.server.oip_http import EXTENSIONS
+from kapsl_scheduler.server.oip_models import EXTENSIONS
 from kapsl_scheduler.types import InferenceResponse, ModelInfo, Priority
 from tests.server.api import Gate, api_over, assert_error, body_of, double, exchange, serving, until
 

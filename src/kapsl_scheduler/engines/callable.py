@@ -84,6 +84,7 @@ class CallableEngine:
             version=version,
             framework="python",
             batchable=batched,
+            streams=self._streams,
         )
         self._output_names = tuple(spec.name for spec in self._info.outputs)
         self._rows = RowCounter(self._info)

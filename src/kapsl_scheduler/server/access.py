@@ -167,10 +167,14 @@ class Access:
 
 _NOBODY: Final = "0" * 64
 
-# The first that fits: methods (empty: all), the path's beginning, the role (None: anybody).
+# The first that fits: methods (empty: all; a call of gRPC has GRPC), the path's beginning, the role (None: anybody).
 _ROLES: Final[tuple[tuple[frozenset[str], re.Pattern[str], Role | None], ...]] = tuple(
     (frozenset(methods.split()), re.compile(path), role)
     for methods, path, role in (
+        ("GRPC", r"/grpc\.health\.", None),
+        ("GRPC", r"/inference\.GRPCInferenceService/Server(Live|Ready)$", None),
+        ("GRPC", r"/inference\.GRPCInferenceService/(RepositoryModel|Log|Trace)", Role.ADMIN),
+        ("GRPC", r"/", Role.READER),
         ("", r"/v2/health/", None),
         ("", r"/api/health$", None),
         ("GET", r"/openapi\.json$", None),

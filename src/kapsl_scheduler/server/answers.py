@@ -1,6 +1,6 @@
-"""Answers over HTTP: the one table from error to status, and errors in JSON.
+"""Answers over HTTP: the one table from error to status, of HTTP and of gRPC, and errors in JSON.
 
-What is not here: which route answers what (`server.http`), and the statuses of other protocols.
+What is not here: which route answers what (`server.http`), and errors over gRPC (`server.grpc_answers`).
 """
 
 from __future__ import annotations
@@ -15,29 +15,39 @@ from starlette.responses import Response
 
 from kapsl_scheduler import errors
 
-__all__ = ["JSON", "Answer", "error_answer", "error_body", "json_response", "response_of", "status_of"]
+__all__ = [
+    "JSON",
+    "Answer",
+    "error_answer",
+    "error_body",
+    "grpc_status_of",
+    "json_response",
+    "response_of",
+    "retry_seconds",
+    "status_of",
+]
 
 JSON: Final = "application/json"
 
-_STATUS: Final[Mapping[type[BaseException], int]] = {
-    errors.InvalidInput: 400,
-    errors.Unauthorized: 401,
-    errors.Forbidden: 403,
-    errors.ModelNotLoaded: 404,
-    errors.ResourceExhausted: 413,  # a fixed limit: the same request would fail again
-    errors.Overloaded: 429,
-    errors.Cancelled: 499,  # the client went away, or somebody cancelled for it
-    errors.Unavailable: 503,
-    errors.DeadlineExceeded: 504,
-    errors.InvalidExpression: 400,
-    errors.InvalidJob: 400,
-    errors.NotFound: 404,
-    errors.DuplicateId: 409,
-    errors.StoreError: 503,
-    errors.CronError: 503,  # the scheduler of the jobs is closing
-    BaseException: 500,
+_STATUS: Final[Mapping[type[BaseException], tuple[int, str]]] = {
+    errors.InvalidInput: (400, "INVALID_ARGUMENT"),
+    errors.Unauthorized: (401, "UNAUTHENTICATED"),
+    errors.Forbidden: (403, "PERMISSION_DENIED"),
+    errors.ModelNotLoaded: (404, "NOT_FOUND"),
+    errors.ResourceExhausted: (413, "RESOURCE_EXHAUSTED"),  # a fixed limit: the same request would fail again
+    errors.Overloaded: (429, "RESOURCE_EXHAUSTED"),
+    errors.Cancelled: (499, "CANCELLED"),  # the client went away, or somebody cancelled for it
+    errors.Unavailable: (503, "UNAVAILABLE"),
+    errors.DeadlineExceeded: (504, "DEADLINE_EXCEEDED"),
+    errors.InvalidExpression: (400, "INVALID_ARGUMENT"),
+    errors.InvalidJob: (400, "INVALID_ARGUMENT"),
+    errors.NotFound: (404, "NOT_FOUND"),
+    errors.DuplicateId: (409, "ALREADY_EXISTS"),
+    errors.StoreError: (503, "UNAVAILABLE"),
+    errors.CronError: (503, "UNAVAILABLE"),  # the scheduler of the jobs is closing
+    BaseException: (500, "INTERNAL"),
 }
-"""A class that is not here has the status of its nearest base."""
+"""The statuses of HTTP and of gRPC. A class that is not here has those of its nearest base."""
 _TRY_AGAIN: Final = frozenset({429, 503})
 _PHRASES: Final = {status.value: status.phrase for status in HTTPStatus} | {499: "Client Closed Request"}
 
@@ -58,7 +68,23 @@ class Answer(msgspec.Struct, gc=False):
 
 def status_of(error: BaseException) -> int:
     """The HTTP status of an error."""
+    return _statuses(error)[0]
+
+
+def grpc_status_of(error: BaseException) -> str:
+    """The name of the gRPC status of an error."""
+    return _statuses(error)[1]
+
+
+def _statuses(error: BaseException) -> tuple[int, str]:
     return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+
+
+def retry_seconds(error: BaseException) -> int | None:
+    """Whole seconds after which to ask again, at least 1; None for what does not pass by waiting."""
+    if status_of(error) not in _TRY_AGAIN:
+        return None
+    return max(1, math.ceil(getattr(error, "retry_after", None) or 0))
 
 
 def error_answer(error: BaseException, status: int | None = None) -> Answer:
@@ -76,8 +102,8 @@ def error_answer(error: BaseException, status: int | None = None) -> Answer:
     answer = error_body(status, str(error) or error.code, error.code, **details)
     if status == 401:
         answer.headers += (("www-authenticate", "Bearer"),)
-    if status in _TRY_AGAIN:
-        answer.headers += (("retry-after", str(max(1, math.ceil(retry_after or 0)))),)
+    if (seconds := retry_seconds(error)) is not None:
+        answer.headers += (("retry-after", str(seconds)),)
     return answer
 
 

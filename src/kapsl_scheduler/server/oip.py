@@ -42,16 +42,22 @@ from kapsl_scheduler.types import (
 )
 
 __all__ = [
+    "NO_CLASSIFICATION",
+    "NO_SHARED_MEMORY",
     "InferCall",
     "InferReply",
     "check_outputs",
+    "chosen_outputs",
     "datatype_of",
+    "datatype_of_array",
     "decode_reply",
     "decode_request",
     "encode_reply",
     "encode_request",
     "numpy_dtype_of",
     "priority_from_oip",
+    "set_outputs",
+    "set_parameters",
 ]
 
 # --------------------------------------------------------------------------------------------- datatypes
@@ -289,14 +295,19 @@ def _call(wire: _WireRequest, inputs: dict[str, Array]) -> InferCall:
     """What was asked, with its tensors as they were read."""
     call = InferCall(InferenceRequest(inputs), wire.id or "")
     if wire.parameters is not None:
-        call.priority = priority_from_oip(wire.parameters.priority)
-        call.timeout = wire.parameters.timeout / 1e6 if wire.parameters.timeout else None
+        set_parameters(call, wire.parameters.priority, wire.parameters.timeout, wire.parameters.sequence_id)
         call.binary = wire.parameters.binary_data_output
-        if wire.parameters.sequence_id:
-            call.request.session_id = str(wire.parameters.sequence_id)
     if wire.outputs:
         _ask_for(call, wire.outputs)
     return call
+
+
+def set_parameters(call: InferCall, priority: int, timeout: int, sequence_id: int | str) -> None:
+    """The protocol's parameters of a request, `timeout` in microseconds; 0 is one that was not given."""
+    call.priority = priority_from_oip(priority)
+    call.timeout = timeout / 1e6 if timeout else None
+    if sequence_id:
+        call.request.session_id = str(sequence_id)
 
 
 class _RawLayout:
@@ -347,26 +358,32 @@ def _raw_layout(header: bytes) -> _RawLayout | None:
     return _RawLayout(call, [tensor for tensor in tensors if tensor is not None])
 
 
-def _ask_for(call: InferCall, wanted: Sequence[_WireRequestedOutput]) -> None:
-    """Which outputs, and in which form."""
-    call.outputs = tuple(output.name for output in wanted)
+def set_outputs(call: InferCall, names: Iterable[str]) -> None:
+    """The outputs that a call asks for. Raises `InvalidInput` for one that is asked for twice."""
+    call.outputs = tuple(names)
     if len(set(call.outputs)) < len(call.outputs):
         twice = next(name for name, count in Counter(call.outputs).items() if count > 1)
         raise InvalidInput(f"output {twice!r} was asked for twice, expected once")
+
+
+def _ask_for(call: InferCall, wanted: Sequence[_WireRequestedOutput]) -> None:
+    """Which outputs, and in which form."""
+    set_outputs(call, [output.name for output in wanted])
     binary: set[str] = set()
     for output in wanted:
         parameters = output.parameters or _NO_PARAMETERS
         if parameters.shared_memory_region is not None:
-            raise InvalidInput(f"output {output.name!r}: {_NO_SHARED_MEMORY}")
+            raise InvalidInput(f"output {output.name!r}: {NO_SHARED_MEMORY}")
         if parameters.classification:
-            raise InvalidInput(f"output {output.name!r}: classification is not offered, ask for the tensor")
+            raise InvalidInput(f"output {output.name!r}: {NO_CLASSIFICATION}")
         if call.binary if parameters.binary_data is None else parameters.binary_data:
             binary.add(output.name)
     call.binary = len(binary) == len(wanted) or (frozenset(binary) if binary else False)
 
 
 _NO_PARAMETERS: Final = _WireOutputParameters()
-_NO_SHARED_MEMORY: Final = "shared memory is not offered, expected the tensor in the body"
+NO_SHARED_MEMORY: Final = "shared memory is not offered, expected the tensor in the body"
+NO_CLASSIFICATION: Final = "classification is not offered, ask for the tensor"
 
 
 def _decode_raw(tensor: _WireInput, raw: RawBytes | None) -> Array:
@@ -374,7 +391,7 @@ def _decode_raw(tensor: _WireInput, raw: RawBytes | None) -> Array:
     assert tensor.parameters is not None
     where = f"input {tensor.name!r}"
     if tensor.parameters.shared_memory_region is not None:
-        raise InvalidInput(f"{where}: {_NO_SHARED_MEMORY}")
+        raise InvalidInput(f"{where}: {NO_SHARED_MEMORY}")
     size = tensor.parameters.binary_data_size
     if size is None:
         return _decode_tensor(tensor)
@@ -445,6 +462,30 @@ def _decode_tensor(tensor: _WireInput) -> Array:
 
 
 def _decode_values(kind: _Kind, raw: bytes, depth: int) -> Array:
+    try:
+        return _decode_exactly(kind, raw, depth)
+    except msgspec.ValidationError:
+        whole = _whole_numbers(kind, raw, depth) if kind.dtype.kind in "biu" else None
+        if whole is None:
+            raise
+        return whole
+
+
+def _whole_numbers(kind: _Kind, raw: bytes, depth: int) -> Array | None:
+    """Integers that come as `3.0`, as clients send them that know JSON's numbers only as floats. None for other data,
+    and for numbers of which a float does not know whether they are whole."""
+    try:
+        floats = np.array(_KINDS["FP64"].decoders[depth - 1].decode(raw), np.float64)
+    except msgspec.DecodeError:
+        return None
+    low, high = (0, 1) if kind.dtype.kind == "b" else (np.iinfo(kind.dtype).min, np.iinfo(kind.dtype).max)
+    known = np.abs(floats) < 2**53
+    if not np.all(known & (floats >= low) & (floats <= high) & (floats == np.trunc(floats))):
+        return None
+    return floats.astype(kind.dtype)
+
+
+def _decode_exactly(kind: _Kind, raw: bytes, depth: int) -> Array:
     if depth > 1 or len(raw) < 2 * _PIECE_BYTES or kind.dtype.kind == "O":
         return np.array(kind.decoders[depth - 1].decode(raw), kind.dtype)
     try:
@@ -524,6 +565,20 @@ def check_outputs(wanted: Iterable[str], known: Iterable[str]) -> None:
             raise InvalidInput(f"output {name!r} was asked for, expected one of {expected}")
 
 
+def chosen_outputs(outputs: Tensors, call: InferCall) -> Iterable[tuple[str, Array]]:
+    """The outputs that a call asked for, in its order; all of them if it named none. Raises `InvalidInput` for one that
+    the model did not return."""
+    if call.outputs is None:
+        return outputs.items()
+    check_outputs(call.outputs, outputs)
+    return [(wanted, outputs[wanted]) for wanted in call.outputs]
+
+
+def datatype_of_array(array: Array) -> str:
+    """The protocol's name of an array's dtype."""
+    return _datatype(array.dtype)
+
+
 def encode_reply(model: ModelInfo, name: str, outputs: Tensors, call: InferCall) -> tuple[bytes, int | None]:
     """The answer to a call: the outputs that it asked for, in its order; all of them if it named none. With it, where
     it has outputs as bytes, the number of those of JSON before them.
@@ -531,11 +586,7 @@ def encode_reply(model: ModelInfo, name: str, outputs: Tensors, call: InferCall)
     Raises `InvalidInput` for an output that the model did not return and `InferenceError` for one that JSON
     cannot carry (bytes that are not UTF-8).
     """
-    if call.outputs is None:
-        chosen: Iterable[tuple[str, Array]] = outputs.items()
-    else:
-        check_outputs(call.outputs, outputs)
-        chosen = [(wanted, outputs[wanted]) for wanted in call.outputs]
+    chosen = chosen_outputs(outputs, call)
     binary = call.binary
     if not binary:
         return _ENCODER.encode(_WireReply(name, model.version, call.id, _encode_tensors(chosen))), None

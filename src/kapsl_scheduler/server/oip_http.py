@@ -20,20 +20,19 @@ from kapsl_scheduler.errors import InvalidInput
 from kapsl_scheduler.runtime.registry import ServedModel
 from kapsl_scheduler.server.answers import json_response
 from kapsl_scheduler.server.bodies import read_body
-from kapsl_scheduler.server.oip_models import LogSettings, index_entry, model_config, model_metadata, model_statistics
+from kapsl_scheduler.server.oip_models import (
+    LogSettings,
+    check_order,
+    checked_traces,
+    index_entry,
+    model_config,
+    model_metadata,
+    model_statistics,
+    server_metadata,
+)
 from kapsl_scheduler.server.service import Service
 
-__all__ = ["EXTENSIONS", "OipApi"]
-
-EXTENSIONS: Final = (
-    "binary_tensor_data",
-    "statistics",
-    "model_repository",
-    "model_configuration",
-    "schedule_policy",
-    "logging",
-)
-"""What we offer beyond the protocol's core, by Triton's names."""
+__all__ = ["OipApi"]
 
 _ORDER_BYTES: Final = 64 << 10  # a request to load or unload says next to nothing
 
@@ -96,7 +95,7 @@ class OipApi:
         return json_response({"ready": ready}, 200 if ready else 503)
 
     async def _server(self, request: Request) -> Response:
-        return json_response({"name": "kapsl-scheduler", "version": self._service.version, "extensions": EXTENSIONS})
+        return json_response(server_metadata(self._service.version))
 
     async def _model(self, request: Request) -> Response:
         model = self._requested(request)
@@ -155,25 +154,12 @@ class OipApi:
     async def _show_traces(self, request: Request) -> Response:
         if "model" in request.path_params:
             self._requested(request)
-        return json_response(_NO_TRACES)
+        return json_response(checked_traces({}))
 
     async def _set_traces(self, request: Request) -> Response:
         if "model" in request.path_params:
             self._requested(request)
-        for key, value in (await _read(request, dict[str, Any], "trace settings")).items():
-            if key not in _NO_TRACES or value not in (None, [], _NO_TRACES[key]):
-                raise InvalidInput(f"{key}: traces are configured where the server is started, and not from here")
-        return json_response(_NO_TRACES)
-
-
-_NO_TRACES: Final = {
-    "trace_level": ["OFF"],
-    "trace_rate": "0",
-    "trace_count": "-1",
-    "log_frequency": "0",
-    "trace_file": "",
-    "trace_mode": "opentelemetry",
-}
+        return json_response(checked_traces(await _read(request, dict[str, Any], "trace settings")))
 
 
 async def _read(request: Request, kind: Any, what: str) -> Any:
@@ -186,7 +172,4 @@ async def _read(request: Request, kind: Any, what: str) -> Any:
 
 async def _read_plain(request: Request, what: str) -> None:
     """Reads the body of a request that has nothing to say but its path. Raises `InvalidInput` if it says more."""
-    parameters = (await _read(request, _Order, what)).parameters or {}
-    parameters.pop("unload_dependents", None)  # which no model here has
-    if parameters:
-        raise InvalidInput(f"parameters: {', '.join(parameters)} came, expected none: a model is {what}ed as is")
+    check_order((await _read(request, _Order, what)).parameters or {}, what)

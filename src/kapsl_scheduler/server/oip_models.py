@@ -17,7 +17,32 @@ from kapsl_scheduler.server.oip import datatype_of
 from kapsl_scheduler.server.service import Figures
 from kapsl_scheduler.types import ModelInfo, TensorSpec
 
-__all__ = ["LogSettings", "index_entry", "model_config", "model_metadata", "model_statistics"]
+__all__ = [
+    "EXTENSIONS",
+    "LogSettings",
+    "check_order",
+    "checked_traces",
+    "index_entry",
+    "model_config",
+    "model_metadata",
+    "model_statistics",
+    "server_metadata",
+]
+
+EXTENSIONS: Final = (
+    "binary_tensor_data",
+    "statistics",
+    "model_repository",
+    "model_configuration",
+    "schedule_policy",
+    "logging",
+)
+"""What we offer beyond the protocol's core, by Triton's names."""
+
+
+def server_metadata(version: str) -> dict[str, Any]:
+    """What the server says of itself."""
+    return {"name": "kapsl-scheduler", "version": version, "extensions": EXTENSIONS}
 
 
 def index_entry(model: ServedModel) -> dict[str, str]:
@@ -66,6 +91,7 @@ def model_config(model: ServedModel) -> dict[str, Any]:
         "version_policy": {"specific": {"versions": [int(info.version)]}} if info.version.isdigit() else {},
         "instance_group": [{"name": model.name, "count": statistics.slots, "kind": "KIND_AUTO"}],
         **({"dynamic_batching": {"max_queue_delay_microseconds": 0}} if info.batchable else {}),
+        **({"model_transaction_policy": {"decoupled": True}} if info.streams else {}),
     }
 
 
@@ -106,6 +132,31 @@ def model_statistics(model: ServedModel, figures: Figures) -> dict[str, Any]:
         "answers": {str(status): count for status, count in sorted(figures.answers.items())},
         "scheduler": statistics,
     }
+
+
+_NO_TRACES: Final[Mapping[str, Any]] = {
+    "trace_level": ["OFF"],
+    "trace_rate": "0",
+    "trace_count": "-1",
+    "log_frequency": "0",
+    "trace_file": "",
+    "trace_mode": "opentelemetry",
+}
+
+
+def checked_traces(asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of traces, of which none can be changed from a client. Raises `InvalidInput` for another value."""
+    for key, value in asked.items():
+        if key not in _NO_TRACES or value not in (None, [], _NO_TRACES[key], [_NO_TRACES[key]]):
+            raise InvalidInput(f"{key}: traces are configured where the server is started, and not from here")
+    return _NO_TRACES
+
+
+def check_order(parameters: Mapping[str, Any], what: str) -> None:
+    """A request to load or unload a model has nothing to say but its name. Raises `InvalidInput` if it says more."""
+    said = [name for name in parameters if name != "unload_dependents"]  # which no model here has
+    if said:
+        raise InvalidInput(f"parameters: {', '.join(said)} came, expected none: a model is {what}ed as is")
 
 
 def _milliseconds_since_1970(moment: int) -> int:

@@ -1,0 +1,178 @@
+"""The calls of the gRPC port, whatever service they belong to: who may ask, how a call ends in an error, what is told
+of it.
+
+A browser does not come here as it might to HTTP (`server.access.Hosts`): it speaks HTTP/2 to nobody without a
+certificate for the name that it asked for. What is not here: what a call answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+import grpc
+import grpc.aio
+
+from kapsl_scheduler.errors import CronError, EngineError
+from kapsl_scheduler.server.access import Access, Caller, Role, role_for
+from kapsl_scheduler.server.answers import status_of
+from kapsl_scheduler.server.grpc_answers import Context, refuse
+from kapsl_scheduler.server.journal import ACCESS, AUDIT, log_request
+
+__all__ = ["Asking", "Door", "Stream", "Streamed", "Unary"]
+
+logger = logging.getLogger(__name__)
+
+
+class Asking:
+    """One call: who asks (None where nobody has to say so), and for which model, once that is known."""
+
+    __slots__ = ("caller", "model")
+
+    def __init__(self, caller: Caller | None = None) -> None:
+        self.caller = caller
+        self.model = ""
+
+    @property
+    def who(self) -> str:
+        """The name of a token, empty where nobody said."""
+        return "" if self.caller is None else self.caller.token.name
+
+
+class Unary(NamedTuple):
+    """A call with one message and one answer, as bytes. What it raises becomes a status."""
+
+    answer: Callable[[bytes, Context, Asking], Awaitable[bytes]]
+
+
+class Streamed(NamedTuple):
+    """A call with one message and many answers, which it writes to its context."""
+
+    answer: Callable[[bytes, Context, Asking], Awaitable[None]]
+
+
+class Stream(NamedTuple):
+    """A call with many messages and many answers, which it writes to its context."""
+
+    answer: Callable[[AsyncIterator[bytes], Context, Asking], Awaitable[None]]
+
+
+Call = Unary | Streamed | Stream
+
+_HANDLERS: Final[Mapping[type[Any], Callable[..., grpc.RpcMethodHandler]]] = {
+    Unary: grpc.unary_unary_rpc_method_handler,
+    Streamed: grpc.unary_stream_rpc_method_handler,
+    Stream: grpc.stream_stream_rpc_method_handler,
+}
+
+
+class _Method:
+    """A call that is offered, and what is known of it before anybody asks."""
+
+    __slots__ = ("answer", "changes", "handler", "kind", "path", "role")
+
+    def __init__(self, path: str, call: Call) -> None:
+        self.path = path
+        self.kind = type(call)
+        self.answer: Callable[..., Awaitable[Any]] = call.answer
+        self.role = role_for("GRPC", path)
+        self.changes = self.role is not None and self.role > Role.READER
+        self.handler = self._bare()
+
+    def _bare(self) -> grpc.RpcMethodHandler:
+        """For calls that anybody may make, and of which nothing is told."""
+        answer, path = self.answer, self.path
+
+        async def handle(asked: Any, context: Context) -> Any:
+            try:
+                return await answer(asked, context, Asking())
+            except grpc.aio.BaseError:
+                raise  # the call is at its end already
+            except Exception as error:
+                await _end(path, context, error)
+
+        return _HANDLERS[self.kind](handle)
+
+    def told(self, caller: Caller | None, *, access_log: bool) -> grpc.RpcMethodHandler:
+        """For one call, of which it is told who made it and what became of it."""
+        answer, path, changes = self.answer, self.path, self.changes
+        begun = time.perf_counter()
+
+        async def handle(asked: Any, context: Context) -> Any:
+            asking, status = Asking(caller), 499
+            try:
+                answered = await answer(asked, context, asking)
+                status = 200
+            except grpc.aio.AbortError:
+                status = 501  # none of our errors: there is no such call
+                raise
+            except (asyncio.CancelledError, grpc.aio.BaseError):
+                raise  # the client is gone
+            except Exception as error:
+                status = status_of(error)
+                await _end(path, context, error)
+            finally:
+                full = f"{path}/{asking.model}" if asking.model else path
+                if changes:
+                    log_request(AUDIT, asking.who, "GRPC", full, status, begun)
+                if access_log:
+                    log_request(ACCESS, asking.who, "GRPC", full, status, begun)
+            return answered
+
+        return _HANDLERS[self.kind](handle)
+
+    def refusing(self, error: EngineError, *, access_log: bool) -> grpc.RpcMethodHandler:
+        """For one call that is not to be, whose message is not waited for."""
+        begun = time.perf_counter()
+
+        async def handle(asked: Any, context: Context) -> None:
+            if self.changes:
+                log_request(AUDIT, "", "GRPC", self.path, status_of(error), begun)
+            if access_log:
+                log_request(ACCESS, "", "GRPC", self.path, status_of(error), begun)
+            await refuse(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+
+class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no types
+    """The services by their names. With `access`, each call says who asks by a token in its metadata, as an HTTP
+    request does in its headers; what changes something is told to the log `kapsl_scheduler.audit`, with `access_log`
+    every call to `kapsl_scheduler.access`."""
+
+    def __init__(
+        self, services: Mapping[str, Mapping[str, Call]], *, access: Access | None = None, access_log: bool = False
+    ) -> None:
+        paths = {f"/{service}/{name}": call for service, calls in services.items() for name, call in calls.items()}
+        self._methods = {path: _Method(path, call) for path, call in paths.items()}
+        self._access = access
+        self._access_log = access_log
+
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler | None:
+        """What gRPC asks for each call, before it reads any message of it."""
+        method = self._methods.get(handler_call_details.method)
+        if method is None:
+            return None
+        caller = None
+        if self._access is not None and method.role is not None:
+            try:
+                caller = self._access.caller(_credential(handler_call_details.invocation_metadata), method.role)
+            except EngineError as error:
+                return method.refusing(error, access_log=self._access_log)
+        if caller is None and not method.changes and not self._access_log:
+            return method.handler
+        return method.told(caller, access_log=self._access_log)
+
+
+def _credential(metadata: Any) -> str:
+    return next((value for key, value in metadata or () if key == "authorization" and isinstance(value, str)), "")
+
+
+async def _end(path: str, context: Context, error: Exception) -> None:
+    """Ends a call in an error."""
+    if not isinstance(error, EngineError | CronError):
+        logger.error("%s failed unexpectedly", path, exc_info=error)
+    await refuse(context, error)

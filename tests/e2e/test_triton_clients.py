@@ -96,7 +96,8 @@ async def test_a_client_is_answered(kind: str) -> None:
         config = config["config"] if triton.is_grpc else config
         assert config["model_transaction_policy"] == {"decoupled": True}
         index = await triton.shown("get_model_repository_index")
-        assert sorted(one["name"] for one in (index["models"] if triton.is_grpc else index)) == ["brief", "count", "mixed"]
+        listed = index["models"] if triton.is_grpc else index
+        assert sorted(one["name"] for one in listed) == ["brief", "count", "mixed"]
 
         inputs = triton.inputs(MIXED, DATATYPES)
         answer = await triton.ask("infer", "mixed", inputs, request_id="7", priority=2, timeout=30_000_000)

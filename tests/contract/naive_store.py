@@ -71,7 +71,9 @@ class NaiveStore:
         for run in change.updated:
             before = self.find(run)
             assert before is not None
-            self.runs[self.runs.index(before)] = msgspec.structs.replace(run, number=before.number)
+            self.runs[self.runs.index(before)] = msgspec.structs.replace(
+                run, number=before.number, detached=before.detached or run.detached
+            )
         assert len(result.numbers) == len(change.created)
         for run, number in zip(change.created, result.numbers, strict=True):
             assert number > self.number

@@ -34,6 +34,7 @@ any_run = st.fixed_dictionaries(
         "ended": st.none() | few,
         "owner": st.sampled_from(OWNERS),
         "limit": st.sampled_from([0, 0, 2]),
+        "detached": st.booleans(),
         "error": st.text(max_size=3),
     }
 )

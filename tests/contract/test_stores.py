@@ -292,6 +292,15 @@ async def test_a_run_is_taken_from_its_owner_once(store: JobStore) -> None:
     assert [r.owner for r in await store.runs(RunQuery())] == ["me", "me", "me"]
 
 
+async def test_a_run_that_is_detached_stays_so_whoever_writes_it(store: JobStore) -> None:
+    number, _ = await add(store, run(1), run(2))
+    await commit(store, updated=(run(1, detached=True),))
+    await commit(store, updated=(run(1, rows=3),))  # of one who has not heard of it
+    assert await store.numbered(number) == run(1, rows=3, detached=True, number=number)
+    await commit(store, updated=(ended(1), ended(2)))
+    assert [found.detached for found in await store.runs(RunQuery(oldest_first=True))] == [True, False]
+
+
 async def test_what_stands_in_the_way_is_told_in_order(store: JobStore) -> None:
     record = await create(store)
     await add(store, run(1))

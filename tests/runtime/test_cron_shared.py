@@ -24,7 +24,7 @@ from kapsl_scheduler.ports import RunQuery
 from kapsl_scheduler.runtime.cron_intents import Rescue
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.testing import WallClock
-from tests.runtime.cron import FaultyStore, Target, a_job, add_up, at, counts, cron_over, history
+from tests.runtime.cron import FaultyStore, Target, X, a_job, add_up, at, counts, cron_over, history
 from tests.runtime.virtual import virtual
 
 LEASE = 3.0
@@ -273,6 +273,59 @@ async def test_a_job_removed_by_the_other_leaves_its_runs_in_nobodys_books() -> 
         assert await history(other) == [(2, "succeeded", "")]
         assert await counts(other) == await counts(one) == {}
         assert one.preview("job", 1) == other.preview("job", 1) == [at(3604)]
+
+
+@virtual
+async def test_a_job_that_is_gone_leaves_its_run_in_nobodys_books_when_its_process_dies() -> None:
+    """Which has not heard of the removal, and writes down how far it is."""
+    processes = Processes(Target(seconds=0.1), Target())
+    async with processes as (one, other):
+        job = a_job(schedule=86_400, request=lambda firing: itertools.repeat(X), sink=lambda items: None)
+        await one.register(job)
+        await asyncio.sleep(2)
+        await one.trigger("job")
+        await asyncio.sleep(2)
+        await other.unregister("job")
+        await other.register(a_job(schedule=86_400))
+        await asyncio.sleep(3)
+        (run,) = await processes.memory.runs(RunQuery())
+        assert (run.state, run.detached) == (RunState.RUNNING, True)
+        assert run.requests > 20
+        processes.cut_off(0)
+        await asyncio.sleep(2 * LEASE)
+        assert await history(other) == [(2, "interrupted", "crash")]
+        assert await counts(other) == {}
+        await other.trigger("job")
+        await asyncio.sleep(1)
+        assert await counts(other) == {"succeeded": 1}
+
+
+@virtual
+async def test_what_a_new_firing_was_to_cancel_elsewhere_is_let_be_once_its_job_is_another() -> None:
+    targets = Target(does=lambda number: None), Target(does=lambda number: None)
+    processes = Processes(*targets)
+    async with processes as (one, other):
+        job = a_job(schedule=86_400, firing=FiringPolicy(overlap=Overlap.CANCEL_OTHER))
+        await one.register(job)
+        await asyncio.sleep(2)
+        await one.trigger("job")
+        await asyncio.sleep(2)
+        look = processes.stores[1]._call
+
+        async def slow(name: str, *words: Any, **options: Any) -> Any:
+            found = await look(name, *words, **options)
+            if name == "runs" and len(found) == 2:  # what is to be cancelled, and in favour of what
+                processes.stores[1]._call = look  # type: ignore[method-assign]
+                await one.unregister("job")
+                await one.register(job)
+            return found
+
+        processes.stores[1]._call = slow  # type: ignore[method-assign]
+        await other.trigger("job")
+        await asyncio.sleep(2)
+        assert processes.stores[1]._call == look
+        assert [state for _, state, _ in await history(one)] == ["running", "running"]
+        assert await counts(other) == await counts(one) == {}
 
 
 @virtual

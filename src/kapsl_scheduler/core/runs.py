@@ -59,7 +59,8 @@ class Run(msgspec.Struct, gc=False, frozen=True, kw_only=True, omit_defaults=Tru
     it is 1 and both are the same. `due` is when it was to start (the nominal time, plus the job's part of `spread`).
     `reason` is a word for why it ended so (overlap, busy, condition, late, coalesced, timeout, ...), `error` the text.
     `attempt` counts from 1. `owner` is the process that runs it, `limit` the most runs of its backfill at a time.
-    `detached` runs outlive their job and are in nobody's books. `number` is the store's, rising as runs are created.
+    `detached` runs outlive their job and are in nobody's books: once a store has one as that, it stays so.
+    `number` is the store's, rising as runs are created.
 
     `requests`, `failed_requests`, `rows`, `input_bytes` and `output_bytes` are what it has done so far.
     `callback_error` is what `on_result` raised.
@@ -201,8 +202,9 @@ class Change(msgspec.Struct, gc=False, frozen=True, kw_only=True):
     as it is whatever it has become. `state` and `definition` replace the job's (both together create it), `remove`
     takes it away with its memory, whatever else is said of it; its runs stay. `created` are new runs; `updated` replace
     open runs of the same key whose owner is `taken_from` (`""` for runs that nobody has begun), or their own where that
-    is None, and keep their number. `memory` sets what the job's source and sink remember, None to forget it; where
-    there is no job there is nobody to remember it, and it is dropped.
+    is None, and keep their number; and who does not know that they are `detached` does not change that. `memory` sets
+    what the job's source and sink remember, None to forget it; where there is no job there is nobody to remember it,
+    and it is dropped.
 
     What stands in its way is looked for in this order: the version, `created`, `updated`. A run that is named twice in
     one change stands in its own way.

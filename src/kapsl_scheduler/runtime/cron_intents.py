@@ -346,24 +346,31 @@ class Rescue(Intent):
 
 
 class Cut(Intent):
-    """A run that waits, or that another process runs, is cancelled in favour of a new one."""
+    """A run that waits, or that another process runs, is cancelled in favour of a new one. `anchor` is that of the job
+    of both: if it is gone by now, or has made way for a later one of the same id, the run is not in its way."""
 
-    __slots__ = ("_after", "_before", "_host")
+    __slots__ = ("_after", "_anchor", "_before", "_cuts", "_host")
 
     lasting = True
 
-    def __init__(self, host: IntentHost, run: Run, reason: str) -> None:
+    def __init__(self, host: IntentHost, run: Run, reason: str, anchor: int) -> None:
         super().__init__(run.job)
         self._host = host
         self._before = run
         self._after = replace(run, state=RunState.CANCELLED, reason=reason, ended=host.wall())
+        self._anchor = anchor
+        self._cuts = False
 
     def decide(self, entry: Entry | None) -> Change | None:
-        state = None if entry is None else booked(entry.state, self._before, self._after)
-        return Change(job=self.job, expected=_version(entry), state=state, updated=(self._after,))
+        self._cuts = entry is not None and entry.state.anchor == self._anchor
+        if entry is None or not self._cuts:
+            return None
+        state = booked(entry.state, self._before, self._after)
+        return Change(job=self.job, expected=entry.version, state=state, updated=(self._after,))
 
     def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
-        self._host.noted(self._after)
+        if self._cuts:
+            self._host.noted(self._after)
 
 
 class Attempt(Intent):

@@ -350,8 +350,8 @@ class Runs:
 
     def cancel_elsewhere(self, entry: Entry, besides: Sequence[Run]) -> None:
         """A new run takes the place of all others: those that wait, and those of other processes."""
-        keys = {run.key for run in besides}
-        self.see_to(entry.id, "cancel", lambda: self._cancel_elsewhere(entry, keys))
+        keys, anchor = {run.key for run in besides}, entry.state.anchor
+        self.see_to(entry.id, "cancel", lambda: self._cancel_elsewhere(entry.id, anchor, keys))
 
     # ------------------------------------------------------------------------------------------- chores
 
@@ -396,10 +396,10 @@ class Runs:
             self.starting.update(run.key for run in waiting)
             self._ledger.settle(*(Start(self, run) for run in waiting))
 
-    async def _cancel_elsewhere(self, entry: Entry, keys: set[tuple[str, int, str]]) -> None:
+    async def _cancel_elsewhere(self, job: str, anchor: int, keys: set[tuple[str, int, str]]) -> None:
         found = await self._ledger.store.runs(
-            RunQuery(job=entry.id, states=(RunState.PENDING, RunState.RUNNING), outside_backfills=True, limit=1000)
+            RunQuery(job=job, states=(RunState.PENDING, RunState.RUNNING), outside_backfills=True, limit=1000)
         )
-        own = {execution.run.key for execution in self._of_job.get(entry.id, ())}
+        own = {execution.run.key for execution in self._of_job.get(job, ())}
         others = [run for run in found if run.key not in keys and run.key not in own and not run.detached]
-        self._ledger.settle(*(Cut(self, run, "overlap") for run in others))
+        self._ledger.settle(*(Cut(self, run, "overlap", anchor) for run in others))

@@ -146,7 +146,10 @@ class MemoryStore:
         return number
 
     def _update(self, run: Run, number: int) -> None:
-        self._runs[number] = run if run.number == number else msgspec.structs.replace(run, number=number)
+        detached = run.detached or self._runs[number].detached
+        if run.number != number or run.detached is not detached:
+            run = msgspec.structs.replace(run, number=number, detached=detached)
+        self._runs[number] = run
         if not run.state.open:
             del self._open[number]
             self._note_end(run, number)

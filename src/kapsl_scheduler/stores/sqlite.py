@@ -54,7 +54,10 @@ _PUT_MEMORY: Final = (
 _FIND_RUN: Final = f"SELECT {_RUN} FROM runs WHERE job = ? AND nominal = ? AND origin = ?"
 _FIND_OPEN: Final = f"SELECT number FROM runs WHERE job = ? AND nominal = ? AND origin = ? AND {_OPEN} AND owner = ?"
 _PUT_RUN: Final = f"INSERT INTO runs ({', '.join(_NEW)}) VALUES ({', '.join('?' * len(_NEW))})"
-_SET_RUN: Final = f"UPDATE runs SET {', '.join(f'{field} = ?' for field in _NEW[3:])} WHERE number = ?"
+_SET_RUN: Final = f"UPDATE runs SET {', '.join(f'{field} = ?' for field in _NEW[3:])} WHERE number = ?".replace(
+    '"detached" = ?',
+    '"detached" = max("detached", ?)',  # who writes it may not know that its job is gone
+)
 _BEAT: Final = "INSERT INTO owners (owner, beat) VALUES (?, 1) ON CONFLICT (owner) DO UPDATE SET beat = beat + 1"
 
 _OLD: Final = f"SELECT number FROM runs WHERE coalesce(ended, due) < ? AND {_ENDED} LIMIT ?"

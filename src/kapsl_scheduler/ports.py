@@ -170,10 +170,12 @@ class CronTarget(Protocol):
 
 class Committed(msgspec.Struct, gc=False, frozen=True):
     """The change was written. `version` is the job's now; 0 where the job was left as it is, or removed.
-    `numbers` are those that the created runs were given."""
+    `numbers` are those that the created runs were given, `ended` the runs that a removal has cancelled, as they are
+    now, the oldest first."""
 
     version: int
     numbers: tuple[int, ...] = ()
+    ended: tuple[Run, ...] = ()
 
 
 class Stale(msgspec.Struct, frozen=True):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
-from kapsl_scheduler.core.runs import Change, JobRecord, Run
+from kapsl_scheduler.core.runs import Change, JobRecord, Removal, Run, RunState
 from kapsl_scheduler.ports import Committed, Exists, Result, RunQuery, Stale
 
 
@@ -52,7 +54,7 @@ class NaiveStore:
 
     def write(self, change: Change, result: Committed) -> None:
         record = self.jobs.get(change.job)
-        if change.remove:
+        if change.remove is not None:
             self.jobs.pop(change.job, None)
             self.memories.pop(change.job, None)
         elif change.state is not None or change.definition is not None:
@@ -63,7 +65,7 @@ class NaiveStore:
             assert definition is not None
             assert state is not None
             self.jobs[change.job] = JobRecord(change.job, definition, state, result.version)
-        if change.remove or (change.state is None and change.definition is None):
+        if change.remove is not None or (change.state is None and change.definition is None):
             assert result.version == 0
         if change.job in self.jobs:
             memory = {**self.memories.get(change.job, {}), **change.memory}
@@ -79,6 +81,17 @@ class NaiveStore:
             assert number > self.number
             self.number = number
             self.runs.append(msgspec.structs.replace(run, number=number))
+        assert result.ended == tuple(self.leave(change.job, change.remove) if change.remove is not None else ())
+
+    def leave(self, job: str, removal: Removal) -> Iterator[Run]:
+        """See to the open runs of a job that is gone. Yields those that end."""
+        for index, run in enumerate(self.runs):
+            if run.job != job or not run.state.open or run.detached:
+                continue
+            if removal.cancel or run.state is RunState.PENDING:
+                run = msgspec.structs.replace(run, state=RunState.CANCELLED, reason=removal.reason, ended=removal.ended)
+                yield run
+            self.runs[index] = run if not run.state.open else msgspec.structs.replace(run, detached=True)
 
     def find(self, run: Run) -> Run | None:
         return next((other for other in self.runs if other.key == run.key), None)

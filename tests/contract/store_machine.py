@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kapsl_scheduler.core.runs import SCHEDULE, Change, JobState, Run, RunState
+from kapsl_scheduler.core.runs import SCHEDULE, Change, JobState, Removal, Run, RunState
 from kapsl_scheduler.ports import JobStore, RunQuery
 from tests.contract.naive_store import NaiveStore
 
@@ -23,6 +23,7 @@ jobs = st.sampled_from(JOBS)
 definitions = st.none() | st.binary(max_size=3)
 states = st.builds(JobState, anchor=few, cursor=few, due=few, paused=st.sampled_from(["", "by hand"]))
 memories = st.dictionaries(st.sampled_from(["x", "y"]), st.none() | st.text(max_size=3), max_size=2)
+removals = st.none() | st.none() | st.builds(Removal, ended=few, reason=st.text(max_size=3), cancel=st.booleans())
 outcomes = st.sampled_from(RunState)
 any_run = st.fixed_dictionaries(
     {
@@ -85,6 +86,10 @@ class StoreMachine(RuleBasedStateMachine):
         definition = b"new" if definition is None and not expected else definition
         self.commit(Change(job=job, expected=expected, state=state, definition=definition, memory=memory))
 
+    @rule(job=jobs, ended=few, cancel=st.booleans())
+    def remove_job(self, job: str, ended: int, cancel: bool) -> None:
+        self.commit(Change(job=job, expected=self.version(job), remove=Removal(ended, "gone", cancel)))
+
     @rule(job=jobs, runs=st.lists(new_run, min_size=1, max_size=3))
     def create_runs(self, job: str, runs: list[dict[str, Any]]) -> None:
         self.commit(Change(job=job, expected=None, created=tuple(Run(job=job, **fields) for fields in runs)))
@@ -111,9 +116,9 @@ class StoreMachine(RuleBasedStateMachine):
         expected = data.draw(st.sampled_from([right, right, right, None, 0, max(right - 1, 0)]))
         state = data.draw(st.none() | states)
         definition = data.draw(definitions)
-        remove = data.draw(st.sampled_from([False, False, False, True]))
+        remove = data.draw(removals)
         if expected is None:
-            state, definition, remove = None, None, False
+            state, definition, remove = None, None, None
         elif expected == 0 and (state is None or definition is None):
             state, definition = JobState(anchor=5, cursor=7), b"{}"
         known = [run for run in self.model.runs if run.job == job]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from kapsl_scheduler.core.runs import SCHEDULE, Backfill, Change, JobRecord, JobState, LastRun, Run, RunState
+from kapsl_scheduler.core.runs import SCHEDULE, Backfill, Change, JobRecord, JobState, LastRun, Removal, Run, RunState
 from kapsl_scheduler.errors import StoreError
 from kapsl_scheduler.ports import Committed, Exists, JobStore, RunQuery, Stale
 from kapsl_scheduler.stores import MemoryStore, SqliteStore
@@ -22,6 +22,7 @@ STORES: dict[str, Callable[[Path], JobStore]] = {
 }
 
 STATE = JobState(anchor=5, cursor=7)
+GONE = Removal(9)
 LATER = JobState(anchor=5, cursor=8, due=1, succeeded=1)
 
 
@@ -116,7 +117,7 @@ async def test_a_change_of_another_version_is_stale_and_nothing_of_it_is_written
     rest: dict[str, Any] = {"state": STATE, "definition": b"", "created": (run(1),), "memory": {"x": "1"}}
     assert await commit(store, expected=0, **rest) == Stale(record)
     assert await commit(store, expected=old.version, **rest) == Stale(record)
-    assert await commit(store, expected=old.version, remove=True) == Stale(record)
+    assert await commit(store, expected=old.version, remove=GONE) == Stale(record)
     assert await commit(store, "b", expected=old.version, **rest) == Stale(None)
     assert await everything(store) == before
 
@@ -134,7 +135,7 @@ async def test_of_two_that_decide_on_the_same_version_one_wins(store: JobStore) 
 async def test_a_removed_job_takes_its_memory_with_it_and_leaves_its_runs(store: JobStore) -> None:
     record = await create(store, memory={"x": "1"})
     await add(store, run(1))
-    assert await commit(store, expected=record.version, remove=True, state=LATER, memory={"y": "2"}) == Committed(0)
+    assert await commit(store, expected=record.version, remove=GONE, state=LATER, memory={"y": "2"}) == Committed(0)
     assert (await store.jobs(), await store.versions(), await store.memory("a")) == ([], {}, {})
     assert await nominals(store, job="a") == [1]
     again = await create(store)
@@ -142,9 +143,38 @@ async def test_a_removed_job_takes_its_memory_with_it_and_leaves_its_runs(store:
     assert await store.memory("a") == {}
 
 
+@pytest.mark.parametrize("cancel", [True, False])
+async def test_a_removed_job_leaves_none_of_its_runs_to_wait(store: JobStore, cancel: bool) -> None:
+    """Those of other processes among them, and those that have come to be since anybody looked."""
+    record = await create(store)
+    await add(
+        store,
+        run(1),
+        run(2, RunState.PENDING, owner=""),
+        run(3, detached=True, owner="they"),  # of an earlier job
+        run(4, owner="they", rows=2, attempt=2, limit=3, origin="fill"),
+        ended(5),
+        run(6, RunState.PENDING, job="b"),
+    )
+    result = await commit(
+        store, expected=record.version, remove=Removal(9, "gone", cancel), created=(run(7, RunState.PENDING, owner=""),)
+    )
+    expected = [2, 7] if not cancel else [1, 2, 4, 7]
+    assert [run.nominal for run in result.ended] == expected
+    found = {run.nominal: run for run in await store.runs(RunQuery())}
+    assert [found[nominal] for nominal in expected] == list(result.ended)
+    assert {(run.state, run.reason, run.ended) for run in result.ended} == {(RunState.CANCELLED, "gone", 9)}
+    assert [nominal for nominal, run in found.items() if run.detached] == ([3] if cancel else [4, 3, 1])
+    assert (found[4].rows, found[4].attempt, found[4].owner) == (2, 2, "they")
+    assert [nominal for nominal, run in found.items() if run.state.open] == ([6, 3] if cancel else [6, 4, 3, 1])
+    await create(store)
+    assert await commit(store, expected=0, remove=GONE) == Stale((await store.jobs())[0])
+    assert await store.prune(keep=0, before=0) == len(expected) + 1
+
+
 async def test_removing_what_is_not_there_is_done_at_once(store: JobStore) -> None:
-    assert await commit(store, expected=0, remove=True) == Committed(0)
-    assert await commit(store, expected=3, remove=True) == Stale(None)
+    assert await commit(store, expected=0, remove=GONE) == Committed(0)
+    assert await commit(store, expected=3, remove=GONE) == Stale(None)
 
 
 async def test_memory_is_set_and_forgotten_key_by_key(store: JobStore) -> None:

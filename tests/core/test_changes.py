@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kapsl_scheduler.core.runs import Change, JobState, Run, RunState, repeated
+from kapsl_scheduler.core.runs import Change, JobState, Removal, Run, RunState, repeated
 
 STATE = JobState(anchor=0, cursor=0)
 
@@ -20,12 +20,12 @@ def test_a_new_job_takes_a_state_and_a_definition(fields: dict[str, Any]) -> Non
     with pytest.raises(ValueError, match="'a': a new job takes a state and a definition"):
         Change(job="a", expected=0, **fields)
     Change(job="a", expected=0, state=STATE, definition=b"{}")
-    Change(job="a", expected=0, remove=True, **fields)
+    Change(job="a", expected=0, remove=Removal(0), **fields)
     Change(job="a", expected=3, **fields)
     Change(job="a", expected=0, created=(run(1),))
 
 
-@pytest.mark.parametrize("fields", [{"state": STATE}, {"definition": b"{}"}, {"remove": True}])
+@pytest.mark.parametrize("fields", [{"state": STATE}, {"definition": b"{}"}, {"remove": Removal(0)}])
 def test_whoever_changes_a_job_says_which_version_of_it(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="'a': whoever changes a job says which version"):
         Change(job="a", expected=None, **fields)

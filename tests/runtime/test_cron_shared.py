@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -329,17 +330,44 @@ async def test_what_a_new_firing_was_to_cancel_elsewhere_is_let_be_once_its_job_
 
 
 @virtual
-async def test_what_began_while_a_job_was_being_removed_goes_with_it() -> None:
-    """The runs that are to be cancelled are looked up first, and another may begin until that is written."""
+async def test_what_was_asked_before_a_job_is_removed_goes_with_it_and_what_is_asked_behind_finds_none() -> None:
     target = Target(does=lambda number: None)
     store = FaultyStore()
     async with cron_over(target, store=store) as cron:
         await cron.register(a_job(firing=FiringPolicy(overlap=Overlap.BUFFER_ALL)))
         await cron.trigger("job")
-        await asyncio.gather(cron.unregister("job", cancel=True), cron.trigger("job"), cron.trigger("job"))
+        calls = cron.trigger("job"), cron.unregister("job", cancel=True), cron.trigger("job")
+        before, removed, behind = await asyncio.gather(*calls, return_exceptions=True)
+        assert (before.state.open, removed) == (True, True)  # type: ignore[union-attr]
+        assert isinstance(behind, NotFound)
         await asyncio.sleep(1)
         assert {state for _, state, _ in await history(cron)} == {"cancelled"}
         assert target.in_flight == 0
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+@virtual
+async def test_a_job_is_removed_however_many_of_its_runs_begin_and_end_meanwhile(cancel: bool) -> None:
+    """Each of them makes another version of the job, here and elsewhere."""
+    targets = Target(seconds=0.001), Target()
+    processes = Processes(*targets)
+    async with processes as (one, other):
+        await one.register(a_job(schedule=86_400))
+        await one.register(a_job("b", schedule=1))
+        await asyncio.sleep(LEASE)
+        await one.backfill("job", at(-3600 * 24 * 900), at(0), concurrency=2)
+        await asyncio.sleep(0.05)
+        assert len(targets[0].calls) > 10
+        before = processes.stores[1].counts["commit"]
+        assert await asyncio.wait_for(other.unregister("job", cancel=cancel), 0.1)
+        assert processes.stores[1].counts["commit"] - before < 20
+        await asyncio.sleep(LEASE)
+        states = Counter(state for _, state, _ in await history(other))
+        assert sum(states.values()) == 900
+        assert states.keys() == {"succeeded", "cancelled"}
+        assert states["succeeded"] < 200
+        assert other.statistics().outcomes[("cancelled", "unregistered")] == states["cancelled"]
+        assert not await other.unregister("job")
 
 
 @virtual
@@ -491,6 +519,7 @@ async def test_what_an_earlier_job_left_here_is_not_booked_by_the_new_one_made_e
         await asyncio.sleep(2)
         await other.unregister("job")
         await other.register(a_job(schedule=86_400, firing=FiringPolicy(overlap=Overlap.CANCEL_OTHER)))
+        await asyncio.sleep(2)
         await one.trigger("job")
         await one.trigger("job")
         await asyncio.sleep(1)

@@ -23,6 +23,7 @@ __all__ = [
     "JobRecord",
     "JobState",
     "LastRun",
+    "Removal",
     "Run",
     "RunState",
     "booked",
@@ -195,16 +196,26 @@ class JobRecord(msgspec.Struct, gc=False, frozen=True):
     version: int
 
 
+class Removal(msgspec.Struct, gc=False, frozen=True):
+    """What becomes of the open runs of a job that is taken away, whichever they are by then: those that wait are
+    cancelled at `ended` for a `reason`; those that run are too with `cancel`, else they are detached. What an earlier
+    job of the id has left behind goes on as it does."""
+
+    ended: int
+    reason: str = "unregistered"
+    cancel: bool = False
+
+
 class Change(msgspec.Struct, gc=False, frozen=True, kw_only=True):
     """What is to be written about one job, all or nothing.
 
     `expected` is the version of the job that the decision was made on: 0 where it was not there, None to leave the job
     as it is whatever it has become. `state` and `definition` replace the job's (both together create it), `remove`
-    takes it away with its memory, whatever else is said of it; its runs stay. `created` are new runs; `updated` replace
-    open runs of the same key whose owner is `taken_from` (`""` for runs that nobody has begun), or their own where that
-    is None, and keep their number; and who does not know that they are `detached` does not change that. `memory` sets
-    what the job's source and sink remember, None to forget it; where there is no job there is nobody to remember it,
-    and it is dropped.
+    takes it away with its memory, whatever else is said of it, and says what becomes of its runs. `created` are new
+    runs; `updated` replace open runs of the same key whose owner is `taken_from` (`""` for runs that nobody has begun),
+    or their own where that is None, and keep their number; and who does not know that they are `detached` does not
+    change that. `memory` sets what the job's source and sink remember, None to forget it; where there is no job there
+    is nobody to remember it, and it is dropped.
 
     What stands in its way is looked for in this order: the version, `created`, `updated`. A run that is named twice in
     one change stands in its own way.
@@ -216,16 +227,16 @@ class Change(msgspec.Struct, gc=False, frozen=True, kw_only=True):
     expected: int | None
     state: JobState | None = None
     definition: bytes | None = None
-    remove: bool = False
+    remove: Removal | None = None
     created: tuple[Run, ...] = ()
     updated: tuple[Run, ...] = ()
     taken_from: str | None = None
     memory: Mapping[str, str | None] = {}
 
     def __post_init__(self) -> None:
-        if self.expected == 0 and (self.state is None) != (self.definition is None) and not self.remove:
+        if self.expected == 0 and (self.state is None) != (self.definition is None) and self.remove is None:
             raise ValueError(f"job {self.job!r}: a new job takes a state and a definition, one of them is missing")
-        if self.expected is None and (self.remove or self.state is not None or self.definition is not None):
+        if self.expected is None and not (self.remove is None and self.state is None and self.definition is None):
             raise ValueError(f"job {self.job!r}: whoever changes a job says which version of it: `expected` is missing")
 
 

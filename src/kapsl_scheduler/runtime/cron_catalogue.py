@@ -17,10 +17,9 @@ import msgspec
 from kapsl_scheduler.core.definition import Adapters, encode_job, frozen_request
 from kapsl_scheduler.core.firing import Timetable
 from kapsl_scheduler.core.jobs import CronJob
-from kapsl_scheduler.core.runs import RunState
 from kapsl_scheduler.errors import DuplicateId, EngineError, InvalidExpression, InvalidJob, NotFound, StoreError
 from kapsl_scheduler.packages.manifest import CronJobDef, Manifest
-from kapsl_scheduler.ports import RunQuery, is_source
+from kapsl_scheduler.ports import is_source
 from kapsl_scheduler.runtime.cron_bindings import Bindings
 from kapsl_scheduler.runtime.cron_changes import Define, Remove
 from kapsl_scheduler.runtime.cron_execution import nbytes
@@ -160,20 +159,12 @@ class Catalogue:
 
     async def remove(self, id: str, *, cancel: bool) -> bool:
         """Whether it was there."""
-        while (entry := self._ledger.entries.get(id)) is not None:
-            version = entry.version
-            open_runs = await self._ledger.store.runs(
-                RunQuery(job=id, states=(RunState.PENDING, RunState.RUNNING), limit=1_000_000)
-            )
-            current = [run for run in open_runs if not run.detached]
-            try:
-                done = await self._ledger.do(Remove(self._runs, id, current, version, cancel=cancel))
-            except NotFound:
-                break
-            if done:
-                self.registered.discard(id)
-                return True
-        return False
+        try:
+            await self._ledger.do(Remove(self._runs, id, cancel=cancel))
+        except NotFound:
+            return False
+        self.registered.discard(id)
+        return True
 
     def _check_new(self, id: str, also: Iterable[str] = ()) -> None:
         if id in self.registered or id in also:

@@ -13,8 +13,9 @@ import msgspec
 
 from kapsl_scheduler.core.firing import Timetable, missed_since
 from kapsl_scheduler.core.jobs import CronJob
-from kapsl_scheduler.core.runs import Change, JobState, Run, RunState
+from kapsl_scheduler.core.runs import Change, JobState, Removal, Run
 from kapsl_scheduler.errors import InvalidJob, NotFound
+from kapsl_scheduler.ports import Committed
 from kapsl_scheduler.runtime.cron_intents import IntentHost, found
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent
 
@@ -98,13 +99,13 @@ class Define(Intent):
         if Timetable.of(self._job, anchor).next(now) is None:
             raise InvalidJob(["schedule: it never fires from now on"], self.job)
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+    def done(self, entry: Entry | None, written: Committed) -> None:
         assert entry is not None
         self._learn()
         entry.job, entry.timetable, entry.unbound = self._job, Timetable.of(self._job, entry.state.anchor), None
         self._host.reschedule(entry)
         self._host.room_for_waiting(entry)
-        _note(self._host, self._missed, numbers)
+        _note(self._host, self._missed, written.numbers)
         if self._told:
             self._host.told(self._told, self.job)
 
@@ -125,7 +126,7 @@ class Pause(Intent):
         state = replace(entry.state, paused=entry.state.paused or self._reason)
         return Change(job=self.job, expected=entry.version, state=state)
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+    def done(self, entry: Entry | None, written: Committed) -> None:
         assert entry is not None
         self._host.reschedule(entry)
         self._host.told("paused", self.job)
@@ -153,60 +154,38 @@ class Resume(Intent):
             state, self._missed = missed_since(entry.job, entry.timetable, state, now, "paused")
         return Change(job=self.job, expected=entry.version, state=state, created=self._missed)
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+    def done(self, entry: Entry | None, written: Committed) -> None:
         assert entry is not None
         self._host.reschedule(entry)
-        _note(self._host, self._missed, numbers)
+        _note(self._host, self._missed, written.numbers)
         self._host.told("resumed", self.job)
 
 
 class Remove(Intent):
-    """The job is no more. What waits is cancelled; what runs is too, or goes on without it. `open_runs` are those of
-    that `version`: if it is another by now, the answer is False, and whoever asks looks again."""
+    """The job is no more. What waits is cancelled; what runs is too, or goes on without it."""
 
-    __slots__ = ("_cancel", "_cut", "_host", "_open", "_removes", "_version")
+    __slots__ = ("_cancel", "_host")
 
-    def __init__(self, host: IntentHost, job: str, open_runs: Sequence[Run], version: int, *, cancel: bool) -> None:
+    def __init__(self, host: IntentHost, job: str, *, cancel: bool) -> None:
         super().__init__(job)
         self._host = host
-        self._open = open_runs
-        self._version = version
         self._cancel = cancel
-        self._cut: list[Run] = []
-        self._removes = False
 
     def decide(self, entry: Entry | None) -> Change | None:
         entry = found(entry, self.job)
-        self._removes = entry.version == self._version
-        if not self._removes:
-            return None
-        now = self._host.wall()
-        goes_on = [run for run in self._open if run.state is RunState.RUNNING and not self._cancel]
-        self._cut = [
-            replace(run, state=RunState.CANCELLED, reason="unregistered", ended=now)
-            for run in self._open
-            if run not in goes_on
-        ]
-        kept = [replace(run, detached=True) for run in goes_on]
-        return Change(job=self.job, expected=entry.version, remove=True, updated=(*kept, *self._cut))
+        removal = Removal(ended=self._host.wall(), cancel=self._cancel)
+        return Change(job=self.job, expected=entry.version, remove=removal)
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
-        if not self._removes:
-            return False
-        cut = {run.key for run in self._cut}
+    def done(self, entry: Entry | None, written: Committed) -> None:
+        ended = {run.key for run in written.ended}
         for execution in self._host.executions(self.job):
-            if execution.run.key in cut:
+            if execution.run.key in ended:
                 execution.discard("unregistered")
             else:
                 execution.run = replace(execution.run, detached=True)
-        for run in self._cut:
+        for run in written.ended:
             self._host.noted(run)
         self._host.told("unregistered", self.job)
-        return True
-
-    def refused(self) -> bool:
-        """A run ended while this was being decided: whoever asked looks again."""
-        return False
 
 
 def _note(host: IntentHost, missed: Sequence[Run], numbers: Sequence[int]) -> None:

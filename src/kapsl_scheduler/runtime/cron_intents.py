@@ -16,6 +16,7 @@ from kapsl_scheduler.core.firing import Plan, Timetable, place, plan, startable
 from kapsl_scheduler.core.jobs import CronJob, OnInterrupt
 from kapsl_scheduler.core.runs import Backfill, Change, Run, RunState, booked
 from kapsl_scheduler.errors import InvalidJob, NotFound
+from kapsl_scheduler.ports import Committed
 from kapsl_scheduler.runtime.cron_execution import Execution
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent
 
@@ -149,11 +150,11 @@ class Fire(_Creating):
             state = replace(state, cursor=self._met)
         return self.take(entry, plan(entry.job, entry.timetable, state, self._host.wall(), self._host.owner))
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+    def done(self, entry: Entry | None, written: Committed) -> None:
         if entry is None or self._plan is None:
             return
         self._host.schedule(entry, self._plan.next, self._plan.due)
-        self.follow(entry, numbers)
+        self.follow(entry, written.numbers)
 
     def fail(self, error: Exception) -> None:
         """It could not be decided: that must not be the end of the job."""
@@ -185,11 +186,11 @@ class Trigger(_Creating):
             return None
         return self.take(entry, place(job, entry.state, self._origin, self._host.wall(), self._host.owner))
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> Run | None:
+    def done(self, entry: Entry | None, written: Committed) -> Run | None:
         if self._plan is None:
             return None
         assert entry is not None
-        return self.follow(entry, numbers)[0]
+        return self.follow(entry, written.numbers)[0]
 
     def exists(self, run: Run) -> Run:
         return run
@@ -240,10 +241,10 @@ class Fill(Intent):
         state = replace(state, due=state.due + number, backfills=backfills)
         return Change(job=self.job, expected=entry.version, state=state, created=tuple(runs))
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> int | None:
+    def done(self, entry: Entry | None, written: Committed) -> int | None:
         assert entry is not None
         self._host.room_for_waiting(entry)
-        return len(numbers) or None
+        return len(written.numbers) or None
 
     def exists(self, run: Run) -> int:
         return 0
@@ -284,7 +285,7 @@ class Start(Intent):
         state = booked(entry.state, before, self._after)
         return Change(job=self.job, expected=entry.version, state=state, updated=(self._after,), taken_from="")
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+    def done(self, entry: Entry | None, written: Committed) -> None:
         self._host.starting.discard(self._before.key)
         if entry is not None and self._after.state is RunState.RUNNING:
             self._host.launch(entry, self._after)
@@ -334,7 +335,7 @@ class Rescue(Intent):
             taken_from=taken_from,
         )
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+    def done(self, entry: Entry | None, written: Committed) -> None:
         if self._after is self._before:
             return
         if self._after.state is RunState.RUNNING and entry is not None:
@@ -368,7 +369,7 @@ class Cut(Intent):
         state = booked(entry.state, self._before, self._after)
         return Change(job=self.job, expected=entry.version, state=state, updated=(self._after,))
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+    def done(self, entry: Entry | None, written: Committed) -> None:
         if self._cuts:
             self._host.noted(self._after)
 
@@ -390,7 +391,7 @@ class Attempt(Intent):
         state = None if entry is None else entry.state
         return Change(job=self.job, expected=_version(entry), state=state, updated=(self._after,))
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> bool:
+    def done(self, entry: Entry | None, written: Committed) -> bool:
         execution = self._execution
         execution.run = replace(self._after, detached=execution.run.detached)
         return True
@@ -455,7 +456,7 @@ class End(Intent):
             taken_from=None if self._after.owner == self._before.owner else self._before.owner,
         )
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> None:
+    def done(self, entry: Entry | None, written: Committed) -> None:
         self._host.noted(self._after)
         if entry is not None:
             if self._pauses:

@@ -34,6 +34,10 @@ RETRY_MOST: Final = 2.0
 """Seconds between attempts to write, from the first to the longest wait, while the store fails."""
 
 
+NOTHING: Final = Committed(0)
+"""What was written for an intent that wanted nothing written, or has it from before."""
+
+
 class Entry:
     """A job as this process knows it: what the store had when last asked, and what it needs to fire."""
 
@@ -69,9 +73,8 @@ class Intent:
         what cannot be."""
         raise NotImplementedError
 
-    def done(self, entry: Entry | None, numbers: Sequence[int]) -> Any:
-        """It is written: `entry` is the job now, `numbers` are those of the runs that were created. Returns what
-        whoever waits is to hear."""
+    def done(self, entry: Entry | None, written: Committed) -> Any:
+        """It is written: `entry` is the job now. Returns what whoever waits is to hear."""
 
     @property
     def turns(self) -> tuple[Run, Run] | None:
@@ -284,7 +287,7 @@ class Ledger:
         again: list[Intent] = []
         for (intent, entry), change, result in zip(asked, changes, results, strict=True):
             if isinstance(result, Committed):
-                _answer(intent, self._committed(entry, change, result), result.numbers)
+                _answer(intent, self._committed(entry, change, result), result)
             elif self._again(intent, change, result):
                 again.append(intent)
         if again:
@@ -329,7 +332,7 @@ class Ledger:
             self._queue.remove(intent)
             self.refresh(intent.job, records[0] if records else None)
             if run is not None and _same(run, after):
-                _tell(intent, intent.done, self.entries.get(intent.job), ())
+                _tell(intent, intent.done, self.entries.get(intent.job), NOTHING)
             else:
                 _tell(intent, intent.refused)
 
@@ -356,7 +359,7 @@ class Ledger:
                 intent.fail(error)
                 continue
             if change is None:
-                _answer(intent, entry, ())
+                _answer(intent, entry, NOTHING)
             else:
                 jobs.add(job)
                 asked.append((intent, entry))
@@ -367,7 +370,7 @@ class Ledger:
 
     def _committed(self, entry: Entry | None, change: Change, result: Committed) -> Entry | None:
         """Take over what was written. Returns the job as it is now."""
-        if change.remove:
+        if change.remove is not None:
             if entry is not None and self.entries.pop(change.job, None) is not None:
                 self._gone(entry)
             return None
@@ -454,9 +457,9 @@ def _same(run: Run, other: Run) -> bool:
     return run.state is other.state and run.owner == other.owner and run.attempt == other.attempt
 
 
-def _answer(intent: Intent, entry: Entry | None, numbers: Sequence[int]) -> None:
+def _answer(intent: Intent, entry: Entry | None, written: Committed) -> None:
     try:
-        answer = intent.done(entry, numbers)
+        answer = intent.done(entry, written)
     except Exception as error:
         _not_acted_on(intent, error)
     else:

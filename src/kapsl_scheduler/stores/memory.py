@@ -12,7 +12,7 @@ from itertools import islice
 
 import msgspec
 
-from kapsl_scheduler.core.runs import Change, JobRecord, Run, repeated
+from kapsl_scheduler.core.runs import Change, JobRecord, Removal, Run, RunState, repeated
 from kapsl_scheduler.errors import StoreError
 from kapsl_scheduler.ports import Committed, Exists, Result, RunQuery, Stale
 
@@ -81,7 +81,10 @@ class MemoryStore:
         if updated:
             for run, number in zip(updated, replaced, strict=True):
                 self._update(run, number)
-        return Committed(version, tuple(map(self._create, created)))
+        numbers = tuple(map(self._create, created))
+        if change.remove is not None:
+            return Committed(version, numbers, self._leave(job, change.remove))
+        return Committed(version, numbers)
 
     def _replaceable(self, runs: Sequence[Run], taken_from: str | None) -> Sequence[int] | None:
         """The numbers of the open runs that these may replace, all of them; None if one of them may not."""
@@ -102,7 +105,7 @@ class MemoryStore:
 
     def _replace_job(self, change: Change, record: JobRecord | None) -> int:
         job, state, definition = change.job, change.state, change.definition
-        if change.remove:
+        if change.remove is not None:
             self._jobs.pop(job, None)
             self._memory.pop(job, None)
             return 0
@@ -117,6 +120,21 @@ class MemoryStore:
         version = self._version = self._version + 1
         self._jobs[job] = JobRecord(job, definition, state, version)
         return version
+
+    def _leave(self, job: str, removal: Removal) -> tuple[Run, ...]:
+        """The job is gone: see to its open runs. Returns those that have ended so."""
+        ended: list[Run] = []
+        for number in self._numbers.get(job, ()):
+            run = self._runs[number]
+            if number not in self._open or run.detached:
+                continue
+            if run.state is RunState.RUNNING and not removal.cancel:
+                self._runs[number] = msgspec.structs.replace(run, detached=True)
+            else:
+                run = msgspec.structs.replace(run, state=RunState.CANCELLED, reason=removal.reason, ended=removal.ended)
+                self._update(run, number)
+                ended.append(run)
+        return tuple(ended)
 
     def _remember(self, change: Change) -> None:
         memory = self._memory.setdefault(change.job, {})

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from kapsl_scheduler.core.runs import Change, JobRecord, JobState, Run, RunState, repeated
+from kapsl_scheduler.core.runs import Change, JobRecord, JobState, Removal, Run, RunState, repeated
 from kapsl_scheduler.errors import StoreError
 from kapsl_scheduler.ports import Committed, Exists, Result, RunQuery, Stale
 from kapsl_scheduler.stores.sqlite_file import SqliteFile
@@ -58,6 +58,10 @@ _SET_RUN: Final = f"UPDATE runs SET {', '.join(f'{field} = ?' for field in _NEW[
     '"detached" = ?',
     '"detached" = max("detached", ?)',  # who writes it may not know that its job is gone
 )
+_OF_JOB: Final = f"+job = ? AND {_OPEN} AND detached = 0"  # the plus: few runs are open, many are of the job
+_DETACH: Final = f"UPDATE runs SET detached = 1 WHERE {_OF_JOB} AND state = 'running'"
+_LEFT: Final = f"SELECT {_RUN} FROM runs WHERE {_OF_JOB} ORDER BY number"
+_CANCEL: Final = f"UPDATE runs SET state = 'cancelled', reason = ?, ended = ? WHERE {_OF_JOB}"
 _BEAT: Final = "INSERT INTO owners (owner, beat) VALUES (?, 1) ON CONFLICT (owner) DO UPDATE SET beat = beat + 1"
 
 _OLD: Final = f"SELECT number FROM runs WHERE coalesce(ended, due) < ? AND {_ENDED} LIMIT ?"
@@ -133,6 +137,8 @@ class SqliteStore:
                 continue
             written = _written(connection, change, version + 1, numbers)  # whole, since nothing stands in its way
             version = max(version, written.version)
+            if change.remove is not None:
+                written = Committed(0, written.numbers, self._leave(connection, change.job, change.remove))
             results.append(written)
         if version != last:
             connection.execute("UPDATE versions SET last = ?", (version,))
@@ -160,6 +166,18 @@ class SqliteStore:
         if len(numbers) > 1 and repeated(change.updated) is not None:
             return self._stale(connection, change)
         return None
+
+    def _leave(self, connection: Connection, job: str, removal: Removal) -> tuple[Run, ...]:
+        """The job is gone: see to its open runs. Returns those that have ended so."""
+        execute = connection.execute
+        if not removal.cancel:
+            execute(_DETACH, (job,))
+        ended = [self._run(row) for row in execute(_LEFT, (job,)).fetchall()]
+        execute(_CANCEL, (removal.reason, removal.ended, job))
+        return tuple(
+            msgspec.structs.replace(run, state=RunState.CANCELLED, reason=removal.reason, ended=removal.ended)
+            for run in ended
+        )
 
     def _stale(self, connection: Connection, change: Change) -> Stale:
         row = connection.execute(f"{_JOB} WHERE id = ?", (change.job,)).fetchone()
@@ -281,7 +299,7 @@ def _written(connection: Connection, change: Change, version: int, numbers: Sequ
     """Write it, under that version if it changes the job. `numbers` are those of the updated runs."""
     execute = connection.execute
     job, state, definition = change.job, change.state, change.definition
-    if change.remove:
+    if change.remove is not None:
         execute("DELETE FROM jobs WHERE id = ?", (job,))  # and with it its definition and its memory
     elif change.expected == 0 and state is not None:
         execute(_PUT_JOB, (job, version, _state_text(state)))
@@ -289,7 +307,7 @@ def _written(connection: Connection, change: Change, version: int, numbers: Sequ
         execute(_SET_STATE, (version, _state_text(state), job))
     elif definition is not None:
         execute(_SET_VERSION, (version, job))
-    if definition is not None and not change.remove:
+    if definition is not None and change.remove is None:
         execute(_PUT_DEFINITION, (job, definition))
     if change.memory and execute(_VERSION, (job,)).fetchone() is not None:
         for key, value in change.memory.items():
@@ -300,7 +318,7 @@ def _written(connection: Connection, change: Change, version: int, numbers: Sequ
     for run, number in zip(change.updated, numbers, strict=True):
         execute(_SET_RUN, (*_values(run)[3:], number))
     created = [execute(_PUT_RUN, _values(run)).lastrowid or 0 for run in change.created]
-    changed = not change.remove and (state is not None or definition is not None)
+    changed = change.remove is None and (state is not None or definition is not None)
     return Committed(version if changed else 0, tuple(created))
 
 

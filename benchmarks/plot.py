@@ -226,6 +226,13 @@ def _draw_streams(report: Report, plt: Any) -> Any:
     return _draw_latencies(report, plt, "server", "kapsl-scheduler", piece="first")
 
 
+def _draw_soak(report: Report, plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(6, 2.5))
+    _bars(axes, _of(report, "resident"), "eighth", lambda name: _OURS)
+    axes.set_xlabel("memory by eighths of the time [MB]")
+    return figure
+
+
 def _draw_latencies(report: Report, plt: Any, label: str, ours: str, **labels: Label) -> Any:
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.5))
     for axes, metric in zip(panels, ("p50", "p99"), strict=True):
@@ -249,5 +256,6 @@ _DRAWINGS: Final[dict[str, Callable[[Report, Any], Any]]] = {
     "overload": _draw_overload,
     "queue10k": _draw_queue,
     "serial": _draw_serial,
+    "soak": _draw_soak,
     "store": _draw_store,
 }

@@ -493,7 +493,7 @@ async def test_what_a_backfill_may_not_be() -> None:
         with pytest.raises(InvalidJob, match="with 1 to 10000 occurrences, got 10001"):
             await cron.backfill("job", at(0), at(10_001 * 60))
         with pytest.raises(InvalidJob) as caught:
-            await cron.backfill("job", at(0).replace(tzinfo=None), "now", concurrency=0)  # type: ignore[arg-type]
+            await cron.backfill("job", at(0).replace(tzinfo=None), "now", concurrency=10_001)  # type: ignore[arg-type]
         assert [fault.split(":")[0] for fault in caught.value.faults] == [
             *("backfill.start", "backfill.end", "backfill.concurrency")
         ]

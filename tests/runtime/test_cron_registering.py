@@ -207,6 +207,37 @@ async def test_a_store_that_fails_registers_none_of_several() -> None:
         await cron.register_all([a_job("a"), a_job("b")])
 
 
+@pytest.mark.parametrize("passes", range(1, 40, 3))
+@virtual
+async def test_several_that_are_cancelled_on_their_way_are_all_there_or_none(passes: int) -> None:
+    async with cron_over(store=FaultyStore()) as cron:
+        registering = asyncio.create_task(cron.register_all([a_job(f"job{number}", 1) for number in range(200)]))
+        for _ in range(passes):
+            await asyncio.sleep(0)
+        registering.cancel()
+        done = await asyncio.gather(registering, return_exceptions=True)
+        await asyncio.sleep(1.5)
+        assert len(await cron.list_jobs(limit=1000)) == (200 if done == [None] else 0)
+
+
+@pytest.mark.parametrize("how", ["resume", "update"])
+@virtual
+async def test_a_job_goes_on_behind_what_the_history_has_from_before_the_clock_was_set_back(how: str) -> None:
+    clock = WallClock()
+    async with cron_over(clock=clock) as cron:
+        await cron.register(a_job(schedule="0 * * * * *"))
+        await asyncio.sleep(95)
+        await cron.unregister("job")
+        clock.step(-70)
+        await cron.register(a_job(schedule="0 * * * * *"))
+        await cron.pause("job")
+        await asyncio.sleep(40)
+        if how == "resume":
+            assert (await cron.resume("job")).enabled
+        else:
+            assert (await cron.update(a_job(schedule="30 * * * * *"))).schedule == "30 * * * * *"
+
+
 # -------------------------------------------------------------------------------------------- adopting
 
 

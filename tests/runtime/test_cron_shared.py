@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from contextlib import AsyncExitStack
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -65,6 +66,28 @@ class Processes:
 
     def back(self, number: int) -> None:
         self.stores[number].fails = None
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.4, 0.9])
+@virtual
+async def test_a_store_that_fails_for_all_of_them_longer_than_a_lease_buries_nobody(apart: float) -> None:
+    targets = Target(does=lambda number: None), Target(does=lambda number: None)
+    processes = Processes(*targets)
+    async with processes as (one, other):
+        await one.register(a_job("a", schedule=86_400))
+        await asyncio.sleep(apart)
+        await other.register(a_job("b", schedule=86_400))
+        await one.trigger("a")
+        await other.trigger("b")
+        await asyncio.sleep(2 * LEASE)
+        for number in (0, 1):
+            processes.cut_off(number)
+        await asyncio.sleep(1.5 * LEASE)
+        processes.back(0)
+        await asyncio.sleep(apart)
+        processes.back(1)
+        await asyncio.sleep(3 * LEASE)
+        assert [await history(one, id) for id in ("a", "b")] == [[(ANY, "running", "")]] * 2
 
 
 @virtual

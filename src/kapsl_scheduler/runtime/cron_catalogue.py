@@ -8,6 +8,7 @@ form of a package (`packages.manifest`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Final
@@ -134,12 +135,13 @@ class Catalogue:
         async with self._undoing:
             while self._undo:
                 id, before = next(iter(self._undo.items()))
-                if id in self._ledger.entries:
-                    if before is None:
-                        await self.remove(id, cancel=True)
-                    else:
-                        learn = functools.partial(self.bindings.learn_callables, before[0])
-                        await self._ledger.do(Define(self._runs, *before, learn))
+                # Also what is not there: it may have been handed in, and be written before this is decided.
+                if before is None:
+                    await self.remove(id, cancel=True)
+                else:
+                    learn = functools.partial(self.bindings.learn_callables, before[0])
+                    with contextlib.suppress(NotFound):
+                        await self._ledger.do(Define(self._runs, *before, learn, known=True))
                 del self._undo[id]
 
     async def _keep(self, ids: Iterable[str]) -> None:

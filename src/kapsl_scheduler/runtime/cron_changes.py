@@ -31,7 +31,7 @@ class Define(Intent):
     counters and its phase. Once it is written, `learn` is called: what it was registered with replaces nothing of a job
     that stays."""
 
-    __slots__ = ("_host", "_job", "_known", "_learn", "_missed", "_refuse", "_told", "definition")
+    __slots__ = ("_host", "_job", "_known", "_learn", "_met", "_missed", "_refuse", "_told", "definition")
 
     def __init__(
         self,
@@ -51,7 +51,13 @@ class Define(Intent):
         self.definition = definition
         self._refuse = refuse
         self._told = ""
+        self._met = 0
         self._missed: tuple[Run, ...] = ()
+
+    def meets(self, run: Run) -> bool:
+        """What it passes over is in the history, from an earlier life of the job: it goes on behind that."""
+        self._met = run.nominal
+        return True
 
     def decide(self, entry: Entry | None) -> Change | None:
         now = self._host.wall()
@@ -70,7 +76,7 @@ class Define(Intent):
         if self._refuse:
             raise InvalidJob(["id: the store has another job of this id, and on_conflict is 'error'"], self.job)
         self._told = "updated"
-        before, timetable, state = entry.job, entry.timetable, entry.state
+        before, timetable, state = entry.job, entry.timetable, _behind(entry.state, self._met)
         if before is None or timetable is None:
             self._check_fires(state.anchor, now)
             state = replace(state, cursor=max(state.cursor, now))
@@ -135,20 +141,26 @@ class Pause(Intent):
 class Resume(Intent):
     """Occurrences are due again: from now on, or also those of the time between."""
 
-    __slots__ = ("_catch_up", "_host", "_missed")
+    __slots__ = ("_catch_up", "_host", "_met", "_missed")
 
     def __init__(self, host: IntentHost, job: str, *, catch_up: bool) -> None:
         super().__init__(job)
+        self._met = 0
         self._host = host
         self._catch_up = catch_up
         self._missed: tuple[Run, ...] = ()
+
+    def meets(self, run: Run) -> bool:
+        """As `Define.meets`."""
+        self._met = run.nominal
+        return True
 
     def decide(self, entry: Entry | None) -> Change | None:
         entry = found(entry, self.job)
         self._missed = ()
         if not entry.state.paused:  # as it seems: the store knows
             return Change(job=self.job, expected=entry.version, state=entry.state)
-        state = replace(entry.state, paused="", failures=0)
+        state = replace(_behind(entry.state, self._met), paused="", failures=0)
         if not self._catch_up and entry.job is not None and entry.timetable is not None:
             now = self._host.wall()
             state, self._missed = missed_since(entry.job, entry.timetable, state, now, "paused")
@@ -186,6 +198,11 @@ class Remove(Intent):
         for run in written.ended:
             self._host.noted(run)
         self._host.told("unregistered", self.job)
+
+
+def _behind(state: JobState, met: int) -> JobState:
+    """The books with nothing left to decide up to a moment."""
+    return replace(state, cursor=met) if met > state.cursor else state
 
 
 def _note(host: IntentHost, missed: Sequence[Run], numbers: Sequence[int]) -> None:

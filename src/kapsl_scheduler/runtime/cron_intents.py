@@ -21,6 +21,7 @@ from kapsl_scheduler.runtime.cron_execution import Execution
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent
 
 __all__ = [
+    "MAX_BACKFILL",
     "Attempt",
     "Checkpoint",
     "Cut",

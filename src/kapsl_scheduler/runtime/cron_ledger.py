@@ -92,6 +92,10 @@ class Intent:
     def exists(self, run: Run) -> Any:
         """A run that it wanted to create is there: nothing was written."""
 
+    def meets(self, run: Run) -> bool:
+        """The same, asked first: whether it is to be decided again, without that run."""
+        return False
+
     def fail(self, error: Exception) -> None:
         """Tell whoever waits."""
         if self.future is not None and not self.future.done():
@@ -389,6 +393,8 @@ class Ledger:
     def _again(self, intent: Intent, change: Change, result: Stale | Exists) -> bool:
         """Nothing of it was written. Whether it is to be decided again; if not, it is told."""
         if isinstance(result, Exists):
+            if intent.meets(result.run):
+                return True
             _tell(intent, intent.exists, result.run)
             return False
         record = result.record

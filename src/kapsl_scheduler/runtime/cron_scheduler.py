@@ -28,7 +28,7 @@ from kapsl_scheduler.runtime.cron_alarm import Alarm
 from kapsl_scheduler.runtime.cron_catalogue import Catalogue
 from kapsl_scheduler.runtime.cron_changes import Pause, Resume
 from kapsl_scheduler.runtime.cron_events import Events
-from kapsl_scheduler.runtime.cron_intents import Fill, Fire, Trigger
+from kapsl_scheduler.runtime.cron_intents import MAX_BACKFILL, Fill, Fire, Trigger
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent, Ledger
 from kapsl_scheduler.runtime.cron_metrics import CronFigures, CronStatistics
 from kapsl_scheduler.runtime.cron_runs import AT_ONCE, Runs
@@ -320,8 +320,8 @@ class CronScheduler:
             for name, value in (("start", start), ("end", end))
             if not isinstance(value, dt.datetime) or value.tzinfo is None
         ]
-        if type(concurrency) is not int or concurrency < 1:
-            faults.append(f"backfill.concurrency: expected an integer of 1 or more, got {concurrency!r}")
+        if type(concurrency) is not int or not 1 <= concurrency <= MAX_BACKFILL:
+            faults.append(f"backfill.concurrency: expected an integer from 1 to {MAX_BACKFILL}, got {concurrency!r}")
         if faults:
             raise InvalidJob(faults, id)
         name = _origin(id, origin, "backfill")

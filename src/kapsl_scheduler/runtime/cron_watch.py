@@ -1,7 +1,8 @@
 """Other processes on the same store: that this one lives, which of them have died, what they have changed.
 
 Nobody compares clocks: each process counts its heartbeats in the store, and one whose count stands still for as long as
-a lease, by the watcher's own clock, is dead. What is not here: what becomes of the dead one's runs (`Rescue`).
+a lease, by the clock of a watcher that could look all the while, is dead. What is not here: what becomes of the dead
+one's runs (`Rescue`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Watch:
         self._keep = keep
         self._max_age = max_age
         self._seen: dict[str, tuple[int, float]] = {}  # owner: its count, and since when it is that
+        self._looked = -math.inf  # when it last could
         self._unknown: set[tuple[str, int, str]] = set()
 
     async def serve(self) -> None:
@@ -78,6 +80,9 @@ class Watch:
         await self._ledger.read_changes()
         beats = await self._store.beats()
         now = asyncio.get_running_loop().time()
+        if now - self._looked > self._lease / 2:
+            self._seen = {}  # the store failed, or this process stood still: others may have met the same
+        self._looked = now
         self._seen = {
             owner: self._seen[owner] if self._seen.get(owner, (None,))[0] == count else (count, now)
             for owner, count in beats.items()

@@ -62,7 +62,7 @@ class _Trigger(msgspec.Struct, forbid_unknown_fields=True):
 class _Backfill(msgspec.Struct, forbid_unknown_fields=True):
     start: dt.datetime
     end: dt.datetime
-    concurrency: Annotated[int, msgspec.Meta(ge=1)] = 1
+    concurrency: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1
     origin: str | None = None
 
 

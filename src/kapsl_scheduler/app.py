@@ -20,6 +20,7 @@ from kapsl_scheduler.app_grpc import check_grpc, grpc_port
 from kapsl_scheduler.app_http import Listening, listen, serve_http, server_version, tls_options
 from kapsl_scheduler.app_jobs import Jobs, faults_of_jobs
 from kapsl_scheduler.app_kapsl import kapsl_listeners
+from kapsl_scheduler.app_memory import frozen
 from kapsl_scheduler.app_models import Models
 from kapsl_scheduler.app_sources import open_all, start_source
 from kapsl_scheduler.app_tracing import tracing_to
@@ -93,7 +94,8 @@ async def serve(
             Models(config, registry, jobs, Path(workdir)) as loading,
         ):
             if await _done_before(stop, loading.load(models, engines)):
-                await serve_http(config, registry, cron, loading, listener, sockets, grpc, announce, stop, tracing)
+                with frozen():
+                    await serve_http(config, registry, cron, loading, listener, sockets, grpc, announce, stop, tracing)
 
 
 async def check(config: Config, models: Sequence[str]) -> list[Checked]:

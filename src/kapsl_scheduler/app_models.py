@@ -11,11 +11,12 @@ from collections.abc import Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
 from kapsl_scheduler.app_jobs import Jobs
+from kapsl_scheduler.app_memory import let_go
 from kapsl_scheduler.app_sources import Source, checked_name, open_all, open_source, providers_of, source_of
 from kapsl_scheduler.config import Config, ConfigError
 from kapsl_scheduler.errors import (
@@ -34,6 +35,10 @@ from kapsl_scheduler.server.model_ids import ModelIds
 __all__ = ["Models"]
 
 _log = logging.getLogger(__name__)
+
+
+LET_GO_AFTER: Final = 1.0
+"""Seconds after which nobody holds a model any more that has left its place."""
 
 
 class _Reload(NamedTuple):
@@ -63,6 +68,7 @@ class Models:
         self._reloads: dict[str, _Reload] = {}  # by name, of what has none yet by path
         self._adding: set[str] = set()  # names of the latter, once they are known
         self._ending: set[str] = set()
+        self._letting_go: asyncio.TimerHandle | None = None
         self._stopping = False
 
     async def __aenter__(self) -> Models:
@@ -73,6 +79,8 @@ class Models:
     ) -> None:
         self.stop()
         await asyncio.gather(*(reload.task for reload in self._reloads.values()), return_exceptions=True)
+        if self._letting_go is not None:
+            self._letting_go.cancel()
 
     async def load(self, models: Sequence[str], engines: Mapping[str, Any] | None = None) -> None:
         """Loads all models. Raises `ModelLoadError`, and `ConfigError` for a configured model that is not there."""
@@ -102,12 +110,19 @@ class Models:
         task = asyncio.create_task(work)
         self._reloads[key] = _Reload(old, task)
         task.add_done_callback(lambda _: self._reloads.pop(key))
+        task.add_done_callback(lambda _: self._let_go_soon())
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.cancelled():
                 raise
             raise Unavailable("the server is closing") from None
+
+    def _let_go_soon(self) -> None:
+        """A model is gone, or will be when the last who asked for that has been told."""
+        if self._letting_go is not None:
+            self._letting_go.cancel()
+        self._letting_go = asyncio.get_running_loop().call_later(LET_GO_AFTER, let_go)
 
     async def unload(self, name: str) -> None:
         """Takes a model and the jobs of its package out of service; what it has begun ends first. Raises
@@ -121,6 +136,7 @@ class Models:
             await self._registry.unload(name, drain=self._config.server.drain)
         finally:
             self._ending.discard(name)
+            self._let_go_soon()
         self._jobs.look_again()
 
     async def forget(self, name: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
 import resource
 import shutil
 import sys
+import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 
 from kapsl_scheduler import app, app_jobs, app_models, app_sources
+from kapsl_scheduler.app_memory import frozen, let_go
 from kapsl_scheduler.app_tracing import tracing_to
 from kapsl_scheduler.config import Config, ConfigError, CronSettings, ModelSettings, TracingSettings
 from kapsl_scheduler.core.jobs import CronJob, Named
@@ -469,3 +472,20 @@ async def test_tracing_without_its_extra_says_what_to_install(monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"opentelemetry.* is not installed: pip install 'kapsl-scheduler\[otel\]'"):
         async with tracing_to(TracingSettings(exporter="otlp"), "1.2.3"):
             pass
+
+
+async def test_the_collector_passes_over_what_is_there_from_the_start_until_it_is_replaced(
+    tmp_path: Path,
+) -> None:
+    async with loaded(tmp_path) as (_, registry, models):
+        with frozen():
+            assert gc.get_freeze_count() > 10_000
+            old = weakref.ref(registry.get("digits").scheduler)
+            await models.reload("digits")
+            assert models._letting_go is not None
+            models._letting_go._run()  # type: ignore[attr-defined]  # as a second later
+            assert old() is None
+            assert gc.get_freeze_count() > 10_000
+        assert gc.get_freeze_count() == 0
+        let_go()
+        assert gc.get_freeze_count() == 0

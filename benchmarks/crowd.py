@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -138,6 +139,7 @@ async def _crowd(port: int, request: bytes, idle: int, stalling: int) -> AsyncIt
 
 async def _dribble(writer: asyncio.StreamWriter, begin: bytes, rest: bytes) -> None:
     writer.write(begin)
+    await asyncio.sleep(random.uniform(0, EVERY))  # they know nothing of each other
     for at in range(len(rest)):
         writer.write(rest[at : at + 1])
         await asyncio.sleep(EVERY)
@@ -150,6 +152,7 @@ async def _does_not_read(port: int) -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_AHEAD)
         client.setblocking(False)
         await loop.sock_connect(client, ("127.0.0.1", port))
+        await asyncio.sleep(random.uniform(0, EVERY))
         while True:
             await loop.sock_sendall(client, LONG_ANSWER)
             await asyncio.sleep(EVERY)

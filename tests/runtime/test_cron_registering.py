@@ -28,8 +28,11 @@ from kapsl_scheduler import (
     RunPolicy,
     StoreError,
 )
+from kapsl_scheduler.core.runs import Change
 from kapsl_scheduler.packages.manifest import CronJobDef, IntervalDef, Manifest, NamedTensor
+from kapsl_scheduler.ports import RunQuery
 from kapsl_scheduler.runtime import cron_catalogue
+from kapsl_scheduler.runtime.cron_ledger import Entry, Intent
 from kapsl_scheduler.stores.memory import MemoryStore
 from kapsl_scheduler.testing import WallClock
 from kapsl_scheduler.testing.engines import FAKE_INFO
@@ -236,6 +239,20 @@ async def test_a_job_goes_on_behind_what_the_history_has_from_before_the_clock_w
             assert (await cron.resume("job")).enabled
         else:
             assert (await cron.update(a_job(schedule="30 * * * * *"))).schedule == "30 * * * * *"
+
+
+@virtual
+async def test_whoever_cannot_do_with_a_run_that_is_there_already_is_told_that_nothing_was_written() -> None:
+    class Twice(Intent):
+        def decide(self, entry: Entry | None) -> Change | None:
+            return Change(job=self.job, expected=None, created=(run,))
+
+    async with cron_over() as cron:
+        await cron.register(a_job())
+        await cron.trigger("job")
+        (run,) = await cron._ledger.store.runs(RunQuery())
+        with pytest.raises(RuntimeError, match="job 'job': nothing was written"):
+            await cron._ledger.do(Twice("job"))
 
 
 # -------------------------------------------------------------------------------------------- adopting

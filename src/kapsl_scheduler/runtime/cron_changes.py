@@ -16,7 +16,7 @@ from kapsl_scheduler.core.jobs import CronJob
 from kapsl_scheduler.core.runs import Change, JobState, Removal, Run
 from kapsl_scheduler.errors import InvalidJob, NotFound
 from kapsl_scheduler.ports import Committed
-from kapsl_scheduler.runtime.cron_intents import IntentHost, found
+from kapsl_scheduler.runtime.cron_intents import IntentHost, behind, found
 from kapsl_scheduler.runtime.cron_ledger import Entry, Intent
 
 __all__ = ["Define", "Pause", "Remove", "Resume"]
@@ -76,7 +76,7 @@ class Define(Intent):
         if self._refuse:
             raise InvalidJob(["id: the store has another job of this id, and on_conflict is 'error'"], self.job)
         self._told = "updated"
-        before, timetable, state = entry.job, entry.timetable, _behind(entry.state, self._met)
+        before, timetable, state = entry.job, entry.timetable, behind(entry.state, self._met)
         if before is None or timetable is None:
             self._check_fires(state.anchor, now)
             state = replace(state, cursor=max(state.cursor, now))
@@ -160,7 +160,7 @@ class Resume(Intent):
         self._missed = ()
         if not entry.state.paused:  # as it seems: the store knows
             return Change(job=self.job, expected=entry.version, state=entry.state)
-        state = replace(_behind(entry.state, self._met), paused="", failures=0)
+        state = replace(behind(entry.state, self._met), paused="", failures=0)
         if not self._catch_up and entry.job is not None and entry.timetable is not None:
             now = self._host.wall()
             state, self._missed = missed_since(entry.job, entry.timetable, state, now, "paused")
@@ -198,11 +198,6 @@ class Remove(Intent):
         for run in written.ended:
             self._host.noted(run)
         self._host.told("unregistered", self.job)
-
-
-def _behind(state: JobState, met: int) -> JobState:
-    """The books with nothing left to decide up to a moment."""
-    return replace(state, cursor=met) if met > state.cursor else state
 
 
 def _note(host: IntentHost, missed: Sequence[Run], numbers: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from kapsl_scheduler.core.firing import Plan, Timetable, place, plan, startable
 from kapsl_scheduler.core.jobs import CronJob, OnInterrupt
-from kapsl_scheduler.core.runs import Backfill, Change, Run, RunState, booked
+from kapsl_scheduler.core.runs import Backfill, Change, JobState, Run, RunState, booked
 from kapsl_scheduler.errors import InvalidJob, NotFound
 from kapsl_scheduler.ports import Committed
 from kapsl_scheduler.runtime.cron_execution import Execution
@@ -32,6 +32,7 @@ __all__ = [
     "Rescue",
     "Start",
     "Trigger",
+    "behind",
     "found",
 ]
 
@@ -68,6 +69,11 @@ def found(entry: Entry | None, job: str) -> Entry:
     if entry is None:
         raise NotFound(f"no job {job!r}")
     return entry
+
+
+def behind(state: JobState, met: int) -> JobState:
+    """The books with nothing left to decide up to a moment."""
+    return replace(state, cursor=met) if met > state.cursor else state
 
 
 def _version(entry: Entry | None) -> int:
@@ -146,9 +152,7 @@ class Fire(_Creating):
             return None
         assert entry.job is not None
         assert entry.timetable is not None
-        state = entry.state
-        if self._met > state.cursor:
-            state = replace(state, cursor=self._met)
+        state = behind(entry.state, self._met)
         return self.take(entry, plan(entry.job, entry.timetable, state, self._host.wall(), self._host.owner))
 
     def done(self, entry: Entry | None, written: Committed) -> None:
@@ -161,11 +165,10 @@ class Fire(_Creating):
         """It could not be decided: that must not be the end of the job."""
         self._host.look_again(self.job)
 
-    def exists(self, run: Run) -> None:
+    def meets(self, run: Run) -> bool:
         """The run was made in an earlier life of the job: it is not made again, and the schedule goes on behind it."""
-        again = Fire(self._host, self.job)
-        again._met = run.nominal
-        self._host.post(again)
+        self._met = run.nominal
+        return True
 
 
 class Trigger(_Creating):

@@ -90,7 +90,8 @@ class Intent:
         return False
 
     def exists(self, run: Run) -> Any:
-        """A run that it wanted to create is there: nothing was written."""
+        """A run that it wanted to create is there: nothing was written. Returns what whoever waits is to hear."""
+        raise RuntimeError(f"job {self.job!r}: nothing was written, since run {run.key} is there already")
 
     def meets(self, run: Run) -> bool:
         """The same, asked first: whether it is to be decided again, without that run."""

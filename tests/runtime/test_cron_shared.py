@@ -91,6 +91,27 @@ async def test_a_store_that_fails_for_all_of_them_longer_than_a_lease_buries_nob
 
 
 @virtual
+async def test_who_has_died_is_found_out_also_with_a_store_that_takes_its_time() -> None:
+    processes = Processes(Target(does=lambda number: None), Target())
+    async with processes as (one, other):
+        await one.register(a_job())
+        await asyncio.sleep(2)
+        await one.trigger("job")
+        give_way = FaultyStore._give_way
+
+        async def slowly() -> None:
+            await asyncio.sleep(LEASE / 25)  # twice a call, of which a look has four
+            await give_way(processes.stores[1])
+
+        processes.stores[1]._give_way = slowly  # type: ignore[method-assign]
+        await asyncio.sleep(LEASE)
+        processes.cut_off(0)
+        await asyncio.sleep(2.5 * LEASE)
+        assert await history(other) == [(2, "interrupted", "crash")]
+        del processes.stores[1]._give_way
+
+
+@virtual
 async def test_an_occurrence_is_dispatched_by_one_of_them() -> None:
     targets = Target(), Target(), Target()
     async with Processes(*targets) as crons:

@@ -54,9 +54,10 @@ class Watch:
         failing = False
         while True:
             try:
-                if loop.time() >= beat:
+                if (now := loop.time()) >= beat:
                     alone = await self.look()
-                    beat = math.inf if alone and self._store.instant else loop.time() + self._lease / BEATS
+                    # From one look to the next, however long the store takes for each.
+                    beat = math.inf if alone and self._store.instant else now + self._lease / BEATS
                 if self._runs.history_grows.is_set() or loop.time() >= prune:
                     await self.prune()
                     prune = loop.time() + AGE_EVERY

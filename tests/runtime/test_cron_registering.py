@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -221,6 +222,59 @@ async def test_several_that_are_cancelled_on_their_way_are_all_there_or_none(pas
         done = await asyncio.gather(registering, return_exceptions=True)
         await asyncio.sleep(1.5)
         assert len(await cron.list_jobs(limit=1000)) == (200 if done == [None] else 0)
+
+
+@pytest.mark.parametrize("passes", range(1, 40, 6))
+@virtual
+async def test_who_is_cancelled_again_while_several_are_taken_back_leaves_none(passes: int) -> None:
+    async with cron_over(store=FaultyStore()) as cron:
+        registering = asyncio.create_task(cron.register_all([a_job(f"job{number}", DAY) for number in range(200)]))
+        for _ in range(2):
+            for _ in range(passes):
+                await asyncio.sleep(0)
+            registering.cancel()
+        done = await asyncio.gather(registering, return_exceptions=True)
+        await asyncio.sleep(1.5)
+        assert len(await cron.list_jobs(limit=1000)) == (200 if done == [None] else 0)
+
+
+@virtual
+async def test_taking_back_does_not_touch_what_has_not_been_handed_in() -> None:
+    """Another process registers the last of them meanwhile."""
+    held = MemoryStore()
+    store = FaultyStore(held, yields=itertools.repeat(20))
+    async with (
+        cron_over(store=store) as cron,
+        CronScheduler(Target(), store=FaultyStore(held), clock=WallClock()) as other,
+    ):
+        registering = asyncio.create_task(cron.register_all([a_job(f"job{number}", DAY) for number in range(200)]))
+        for _ in range(20):  # until the first of them are on their way
+            await asyncio.sleep(0)
+        assert store.counts["commit"] == 1
+        await other.register(a_job("job199", DAY))
+        registering.cancel()
+        await asyncio.sleep(0)
+        await cron._ledger.read_changes()
+        assert await asyncio.gather(registering, return_exceptions=True) != [None]
+        assert [info.id for info in await cron.list_jobs()] == ["job199"]
+
+
+@virtual
+async def test_what_would_never_fire_again_is_not_put_back() -> None:
+    """And keeps nothing else from being taken back."""
+    last = 10**6  # the commit that is the last to succeed
+    store = FaultyStore(fails=lambda name, number: "before" if name == "commit" and number > last else None)
+    clock = WallClock()
+    async with cron_over(store=store, clock=clock) as cron:
+        await cron.register(a_job("once", "0 0 9 2 3 ? 2026"))  # in half a minute
+    async with cron_over(store=store, clock=clock) as cron:
+        last = store.counts["commit"] + 1
+        with pytest.raises(StoreError, match="a planned failure"):
+            await cron.register_all([a_job("once", DAY), *(a_job(f"job{number}", DAY) for number in range(100))])
+        await asyncio.sleep(60)
+        last = 10**6
+        await asyncio.sleep(5)
+        assert [info.id for info in await cron.list_jobs()] == ["once"]
 
 
 @pytest.mark.parametrize("how", ["resume", "update"])

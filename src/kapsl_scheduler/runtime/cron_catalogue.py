@@ -90,21 +90,27 @@ class Catalogue:
         fresh = defines.keys() - self.registered
         self.registered.update(fresh)
         intents = list(defines.values())
+        handed_in = 0
         try:
-            for start in range(0, len(intents), AT_ONCE):
-                await self._ledger.do_all(intents[start : start + AT_ONCE])
+            while handed_in < len(intents):
+                some = intents[handed_in : handed_in + AT_ONCE]
+                handed_in += len(some)
+                await self._ledger.do_all(some)
         except BaseException:
             self.registered.difference_update(fresh)
-            for id, intent in defines.items():
+            for intent in intents[:handed_in]:
+                id = intent.job
                 job, definition = before.get(id, (None, b""))
                 if id not in before:
                     self._undo[id] = None
                 elif job is not None and definition != intent.definition:
                     self._undo[id] = job, definition
             try:
-                await self._take_back()
-            except StoreError:
-                self._runs.see_to("", "take back", self._take_back)
+                with contextlib.suppress(StoreError):
+                    await self._take_back()
+            finally:  # cancelled again, perhaps
+                if self._undo:
+                    self._runs.see_to("", "take back", self._take_back)
             raise
 
     async def _decided(self, jobs: Iterable[CronJob], refuse: bool, own: Set[str]) -> dict[str, Define]:
@@ -140,7 +146,7 @@ class Catalogue:
                     await self.remove(id, cancel=True)
                 else:
                     learn = functools.partial(self.bindings.learn_callables, before[0])
-                    with contextlib.suppress(NotFound):
+                    with contextlib.suppress(NotFound, InvalidJob):  # it is gone, or would never fire again
                         await self._ledger.do(Define(self._runs, *before, learn, known=True))
                 del self._undo[id]
 

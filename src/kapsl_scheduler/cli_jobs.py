@@ -314,7 +314,7 @@ def run_job(id: str, origin: str | None, wait: bool, url: str, as_json: bool) ->
 @job_argument
 @click.argument("start", type=_moment)
 @click.argument("end", type=_moment)
-@click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--concurrency", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Runs at a time.")
 @click.option("--origin", help="A name for the runs: asked for twice under one, nothing runs twice.")
 @url_option
 @json_option

@@ -285,6 +285,11 @@ async def test_a_query_that_cannot_be_is_refused_with_its_name(path: str, said: 
             {"start": "2026-01-01T00:00:00Z", "end": "2026-01-02T00:00:00Z", "concurrency": 0},
             "`$.concurrency`",
         ),
+        (
+            "/backfill",
+            {"start": "2026-01-01T00:00:00Z", "end": "2026-01-02T00:00:00Z", "concurrency": 10_001},
+            "`$.concurrency`",
+        ),
     ],
 )
 async def test_an_order_that_cannot_be_is_refused_with_the_field(rest: str, order: Any, said: str) -> None:

@@ -227,8 +227,8 @@ class CronScheduler:
         await self._catalogue.register(job, refuse=_refuses(on_conflict))
 
     async def register_all(self, jobs: Iterable[CronJob], *, on_conflict: str = "update") -> None:
-        """Start several jobs or none of them. Raises what `register` raises; an `InvalidJob` names the faults of
-        all."""
+        """Start several jobs or none of them, also when it is cancelled. Raises what `register` raises; an `InvalidJob`
+        names the faults of all."""
         self._check_open()
         await self._catalogue.register_all(jobs, refuse=_refuses(on_conflict))
 

@@ -288,7 +288,7 @@ OPERATIONS: Final = (
         _object({"origin": _TEXT, "runs": _WHOLE}),
         body=_object(
             {"start": _MOMENT, "end": _MOMENT},
-            concurrency={"type": "integer", "minimum": 1},
+            concurrency={"type": "integer", "minimum": 1, "maximum": 10_000},
             origin=_or_null(_TEXT),
         ),
     ),

@@ -89,7 +89,7 @@ function Backfill({ id, changed }) {
     <div class="form">
       <label>From <input type="datetime-local" step="1" value=${form.start} onInput=${set("start")} /></label>
       <label>To <input type="datetime-local" step="1" value=${form.end} onInput=${set("end")} /></label>
-      <label>At a time <input type="number" min="1" value=${form.concurrency} onInput=${set("concurrency")} /></label>
+      <label>At a time <input type="number" min="1" max="10000" value=${form.concurrency} onInput=${set("concurrency")} /></label>
       <${Act} does=${send} onProblem=${setProblem}>Backfill</${Act}>
     </div>
     <${Problem} error=${problem} />

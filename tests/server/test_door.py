@@ -19,6 +19,7 @@ from kapsl_scheduler.server.door import MAX_HEAD_BYTES, Connection
 from tests.server.api import Gate, body_of, serving
 
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+UPGRADE = (b"connection: Upgrade, HTTP2-Settings", b"upgrade: h2c")
 CHUNKED = b"POST /v2/models/m/infer HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n"
 LINE = b"name: " + b"v" * 1000 + b"\r\n"
 TOO_MUCH = MAX_HEAD_BYTES + 1  # and not a byte more: what the server leaves unread resets the connection
@@ -202,6 +203,45 @@ async def test_a_request_in_many_pieces_is_put_together() -> None:
         assert (await answer(reader))[0] == 200
 
 
+@pytest.mark.parametrize("cut", [0, -1, -5, -60])
+async def test_a_request_that_asks_for_another_protocol_is_answered_in_this_one(cut: int) -> None:
+    """With its body, in one piece or apart, and so are those behind it, whichever route they are for."""
+    index = b"POST /v2/repository/index HTTP/1.1\r\n" + b"\r\n".join(UPGRADE)
+    other = index + b"\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    request = infer([3, 4], *UPGRADE)
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        for _ in range(2):
+            writer.write(request[: cut or None])
+            await writer.drain()
+            await asyncio.sleep(0)
+            writer.write((request[cut:] if cut else b"") + other + infer())
+            found = [await answer(reader) for _ in range(3)]
+            assert [status for status, _ in found] == [200] * 3
+            assert [values(found[0][1]), values(found[2][1])] == [[6, 8], [2, 4]]
+
+
+@pytest.mark.parametrize("path", [b"/v2/models/m/infer", b"/v2/repository/index"])
+async def test_no_request_hides_in_the_body_of_another(path: bytes) -> None:
+    inner = b"GET /v2/health/live HTTP/1.1\r\n\r\n"
+    length = b"content-length: %d" % len(inner)
+    head = b"\r\n".join((b"POST %b HTTP/1.1" % path, length, *UPGRADE, b"", b""))
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        writer.write(head)
+        await writer.drain()
+        await asyncio.sleep(0)
+        writer.write(inner)
+        assert (await answer(reader))[0] == 400
+        writer.write(infer())
+        assert values((await answer(reader))[1]) == [2, 4]
+
+
+async def test_a_tunnel_is_not_offered() -> None:
+    async with connected() as (_, reader, writer):
+        writer.write(b"CONNECT x:1 HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n\r\n")
+        assert (await answer(reader))[0] == 405
+        assert await reader.read() == b""
+
+
 async def test_a_head_that_came_before_is_not_read_again() -> None:
     made: list[Connection] = []
     async with serving() as server, connected(server.api, made=made) as (_, reader, writer):
@@ -219,6 +259,8 @@ async def test_a_head_that_came_before_is_not_read_again() -> None:
         infer([5, 6], b"x: z"),
         infer([5, 6], path=b"/v2/models/n/infer"),
         infer([5, 6], b"expect: 100-continue"),
+        infer([5, 6], *UPGRADE),
+        b"CONNECT x:1 HTTP/1.1\r\n\r\n",
         CHUNKED + b"0\r\n\r\n",
         b"GET /v2/health/live HTTP/1.1\r\n\r\n",
         infer() + infer(),
@@ -416,20 +458,24 @@ async def test_a_client_that_stalls_in_the_middle_of_a_request_is_let_go(sent: b
     assert server.api.inference.service.in_flight == 0
 
 
-async def test_a_client_that_waits_is_not_let_go() -> None:
-    """For its answer, or with its next request: that is not its turn, or uvicorn's."""
+@pytest.mark.parametrize("behind", [b"", b"\r\n", b"POST /v2/mod"])
+async def test_a_client_that_waits_is_not_let_go(behind: bytes) -> None:
+    """For its answer, or with its next request: that is not its turn, or uvicorn's; whatever it has sent behind."""
     made: list[Connection] = []
     gate = Gate()
     async with serving(gate) as server, connected(server.api, made=made) as (_, reader, writer):
         writer.write(infer())
         await gate.entered.wait()
+        made[0]._moved = 0.0
+        writer.write(behind)
+        await until_closed(lambda: not behind or made[0]._moved > 0)
         made[0]._moved -= 1001
         made[0].close_if_stalled(1000.0)
         gate.open.set()
         assert (await answer(reader))[0] == 200
         made[0]._moved = made[0].loop.time() - made[0].timeout_keep_alive + 1
         made[0].close_if_stalled(1000.0)
-        writer.write(infer())
+        writer.write(infer().removeprefix(behind))
         assert (await answer(reader))[0] == 200
         made[0]._moved = made[0].loop.time() - made[0].timeout_keep_alive - 1
         made[0].close_if_stalled(1000.0)

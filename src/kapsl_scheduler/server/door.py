@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Iterable
 from http import HTTPStatus
 from time import monotonic, perf_counter, perf_counter_ns
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kapsl_scheduler.errors import (
@@ -95,13 +97,37 @@ class Connection(HttpToolsProtocol):
             exchange.its_turn()
             return
         self._unfinished += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         cycle: Any = self.cycle
         if begins and cycle is not before and self._between and type(cycle) is _Exchange:
             self._known = _known(data, cycle.head)
         if self._unfinished > MAX_HEAD_BYTES and not self.transport.is_closing():
             message = f"the head of the request has more than {MAX_HEAD_BYTES} bytes"
             self._end(error_body(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message, "head_too_large"))
+
+    def _parse(self, data: bytes) -> None:
+        """Have the parser read it. A request that asks for another protocol is answered in this one, as RFC 9110 (7.8)
+        lets a server do; the parser would take what follows its head, its body too, for that other protocol."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                method = self.parser.get_method()
+                if method == b"CONNECT":  # no request, but the end of HTTP on this connection
+                    self._end(error_body(HTTPStatus.METHOD_NOT_ALLOWED, "CONNECT is not offered", "method_not_allowed"))
+                    return
+                rest = rest[upgrade.args[0] :]
+                head = _head_without_upgrade(method, self.url, self.parser.get_http_version(), self.headers)
+                self.parser = httptools.HttpRequestParser(self)
+                # As uvicorn has it: what follows a request that closes the connection is no error.
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self.parser.feed_data(head)
 
     def on_message_begin(self) -> None:
         self._between = False
@@ -111,11 +137,12 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._unfinished = 0
+        if self.parser.should_upgrade():  # it comes again without that
+            return
         if (
             self._inference is not None
             and (route := _INFER.fullmatch(self.url)) is not None
             and self.parser.get_method() == b"POST"
-            and not self.parser.should_upgrade()
         ):
             self._begin_inference(self._inference, *route.groups())
             return
@@ -149,6 +176,8 @@ class Connection(HttpToolsProtocol):
             self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._between = True
         cycle: Any = self.cycle
         if type(cycle) is _Exchange:
@@ -175,9 +204,9 @@ class Connection(HttpToolsProtocol):
         else:
             cycle: Any = self.cycle
             ahead = type(cycle) is _Exchange and not cycle.is_next
-            its_turn = not ahead and (cycle is None or self._unfinished > 0 or cycle.more_body)
+            its_turn = not ahead and (cycle is None or cycle.more_body or cycle.response_complete)
             if cycle is not None and cycle.response_complete and self._between:
-                its_turn, patience = True, self.timeout_keep_alive
+                patience = self.timeout_keep_alive
         if its_turn and now - self._moved >= patience:
             self.transport.abort()
 
@@ -230,6 +259,18 @@ class Connection(HttpToolsProtocol):
             if self._inference is not None:
                 self._inference.http.count("(other)", NO_ROUTE, answer.status)
         self.transport.close()
+
+
+def _head_without_upgrade(method: bytes, url: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A head that has been read, as if it had not asked for another protocol."""
+    lines = [b"%b %b HTTP/%b" % (method, url, version.encode())]
+    for name, value in headers:
+        if name == b"connection":
+            kept = (option.strip() for option in value.split(b",") if option.strip().lower() != b"upgrade")
+            value = b", ".join(kept)
+        if name != b"upgrade":
+            lines.append(b"%b: %b" % (name, value))
+    return b"\r\n".join((*lines, b"", b""))
 
 
 class _Head:

@@ -102,6 +102,7 @@ async def grpc_serving(
     *,
     max_body_bytes: int = 10_000,
     max_in_flight: int = 4096,
+    patience: float = 20.0,
     access: Access | None = None,
     access_log: bool = False,
     certificates: Certificates | None = None,
@@ -113,8 +114,15 @@ async def grpc_serving(
 ) -> AsyncIterator[Port]:
     async with serving(function, **policy) as http:
         service = Service(http.registry, version="1.2.3", max_in_flight=max_in_flight)
-        limits = {"max_body_bytes": max_body_bytes, "max_in_flight": max_in_flight}
-        async with GrpcServer("127.0.0.1", 0, certificates=certificates, **limits) as server:
+        server = GrpcServer(
+            "127.0.0.1",
+            0,
+            certificates=certificates,
+            max_body_bytes=max_body_bytes,
+            max_in_flight=max_in_flight,
+            patience=patience,
+        )
+        async with server:
             await server.start(service, reload=reload, unload=unload, access=access, access_log=access_log)
             if credentials is None:
                 channel = grpc.aio.insecure_channel(server.address, options=channel_options)

@@ -29,12 +29,12 @@ from kapsl_scheduler.errors import (
     Unauthorized,
     Unavailable,
 )
-from kapsl_scheduler.server import oip_grpc
+from kapsl_scheduler.server import grpc_door, oip_grpc
 from kapsl_scheduler.server.access import Access, Role, made_token, role_for, tokens_of
 from kapsl_scheduler.server.answers import grpc_status_of, status_of
 from kapsl_scheduler.server.grpc_server import Certificates, GrpcServer
 from tests.server.api import Gate, double, settled
-from tests.server.grpc_api import SERVICE, Port, grpc_serving, request_of, trailing, values
+from tests.server.grpc_api import HEALTH, SERVICE, Port, grpc_serving, request_of, trailing, values
 
 Code = grpc.StatusCode
 
@@ -397,6 +397,52 @@ async def test_who_may_not_ask_is_refused_before_the_message_is_there() -> None:
         call = port.channel.stream_unary(f"/{SERVICE}/ModelInfer")()  # opens the call, and sends no message
 
         assert (await failure(call)).code() is Code.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("path", [f"/{HEALTH}/Check", f"/{HEALTH}/Watch", f"/{SERVICE}/ModelInfer"])
+async def test_a_call_whose_message_does_not_come_is_ended(path: str) -> None:
+    async with grpc_serving(patience=0.01) as port:
+        ended = await failure(silent(port, path))
+        assert ended.code() is Code.DEADLINE_EXCEEDED
+        assert "the message of the call did not come within 0.0" in (ended.details() or "")
+        assert await port.health() == "SERVING"
+
+
+async def test_a_call_that_ends_without_its_message_is_told_so() -> None:
+    async with grpc_serving() as port:
+        call = silent(port, f"/{SERVICE}/ModelInfer")
+        await call.done_writing()
+        ended = await failure(call)
+        assert (ended.code(), ended.details()) == (Code.INVALID_ARGUMENT, "the call has no message, expected one")
+
+
+async def test_strangers_who_send_no_message_keep_nobody_out_but_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_door, "STRANGERS", 3)
+    access, tokens = access_of(ann=Role.READER)
+    async with grpc_serving(access=access, max_in_flight=1) as port:
+        silent_ones = [silent(port, f"/{HEALTH}/Check") for _ in range(3)]
+        async with asyncio.timeout(5.0):
+            while (refused := await outcome(port.health())) == "SERVING":
+                pass  # until the server has heard of all three
+        assert refused.code() is Code.RESOURCE_EXHAUSTED
+        assert values(await port.infer(metadata=tokens["ann"])) == [[2, 4]]
+        for call in silent_ones:
+            call.cancel()
+        async with asyncio.timeout(5.0):
+            while await outcome(port.health()) != "SERVING":
+                pass
+
+
+def silent(port: Port, path: str) -> Any:
+    """A call that is begun, and sends no message."""
+    return port.channel.stream_unary(path)()
+
+
+async def outcome(call: Any) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        return error
 
 
 async def test_a_tokens_own_limits_hold() -> None:

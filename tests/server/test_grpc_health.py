@@ -22,6 +22,7 @@ async def test_health_is_that_of_the_server_of_its_services_and_of_each_model() 
             assert await port.health(name) == "SERVING"
         unknown = await failure(port.health("nope"))
         assert unknown.code() is grpc.StatusCode.NOT_FOUND
+        assert unknown.details() == "no service or model has that name"  # and not which there are: anybody may ask
 
         await port.http.scheduler.close(0.0)
         for name in ("", SERVICE, "m"):
@@ -64,8 +65,20 @@ async def test_closing_is_told_to_those_who_watch_at_once_and_ends_their_calls()
         assert await watching.code() is grpc.StatusCode.OK
 
 
-async def test_watches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_health, "MOST", 1)
+@pytest.mark.parametrize("call", ["health", "watch"])
+async def test_a_question_is_short(call: str) -> None:
+    async with grpc_serving() as port:
+        ask = getattr(port, call)("n" * 5000)
+        refused = await failure(ask if call == "health" else ask.read())
+        assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "expected at most 4096" in (refused.details() or "")
+
+
+@pytest.mark.parametrize("bound", ["MOST", "EACH"])
+async def test_watches_are_bounded_all_together_and_of_each_connection(
+    monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(grpc_health, bound, 1)
     async with grpc_serving() as port:
         first = port.watch()
         assert status_name(await first.read()) == "SERVING"

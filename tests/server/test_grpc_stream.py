@@ -219,6 +219,16 @@ async def test_closing_answers_what_has_come_and_then_ends_the_stream() -> None:
         await closing
 
 
+async def test_a_stream_may_begin_while_the_server_only_says_that_it_is_not_ready() -> None:
+    async with grpc_serving() as port:
+        port.service.draining = True
+        call = port.stream()
+        await call.write(request_of(id="7"))
+        assert (await call.read()).infer_response.id == "7"
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+
+
 async def test_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oip_stream, "MOST", 1)
     async with grpc_serving() as port:

@@ -1,8 +1,9 @@
-"""The calls of the gRPC port, whatever service they belong to: who may ask, how a call ends in an error, what is told
-of it.
+"""The calls of the gRPC port, whatever service they belong to: who may ask, how long its message is waited for, how a
+call ends in an error, what is told of it.
 
-A browser does not come here as it might to HTTP (`server.access.Hosts`): it speaks HTTP/2 to nobody without a
-certificate for the name that it asked for. What is not here: what a call answers.
+A call with one message is begun before that has come, so that the wait for it can be bounded. A browser does not come
+here as it might to HTTP (`server.access.Hosts`): it speaks HTTP/2 to nobody without a certificate for the name that it
+asked for. What is not here: what a call answers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import grpc
 import grpc.aio
 
-from kapsl_scheduler.errors import CronError, EngineError
+from kapsl_scheduler.errors import CronError, DeadlineExceeded, EngineError, InvalidInput, Overloaded
 from kapsl_scheduler.server.access import Access, Caller, Role, role_for
 from kapsl_scheduler.server.answers import status_of
 from kapsl_scheduler.server.grpc_answers import Context, refuse
@@ -25,6 +26,9 @@ from kapsl_scheduler.server.journal import ACCESS, AUDIT, log_request
 __all__ = ["Asking", "Door", "Stream", "Streamed", "Unary"]
 
 logger = logging.getLogger(__name__)
+
+STRANGERS: Final = 32
+"""Calls that take no token and whose message has not come, at a time: each may hold as much memory as a message."""
 
 
 class Asking:
@@ -63,24 +67,55 @@ class Stream(NamedTuple):
 Call = Unary | Streamed | Stream
 
 _HANDLERS: Final[Mapping[type[Any], Callable[..., grpc.RpcMethodHandler]]] = {
-    Unary: grpc.unary_unary_rpc_method_handler,
-    Streamed: grpc.unary_stream_rpc_method_handler,
+    Unary: grpc.stream_unary_rpc_method_handler,
+    Streamed: grpc.stream_stream_rpc_method_handler,
     Stream: grpc.stream_stream_rpc_method_handler,
 }
+
+
+class _Messages:
+    """Reads the one message of calls that have one, each within so many seconds. `awaited` is how many it waits for."""
+
+    __slots__ = ("_patience", "awaited")
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self.awaited = 0
+
+    async def one(self, context: Context) -> bytes:
+        """Raises `DeadlineExceeded` and `InvalidInput`."""
+        self.awaited += 1
+        try:
+            async with asyncio.timeout(self._patience):
+                message = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the message of the call did not come within {self._patience:g} s") from None
+        finally:
+            self.awaited -= 1
+        if message is grpc.aio.EOF:
+            raise InvalidInput("the call has no message, expected one")
+        return message  # type: ignore[no-any-return]
 
 
 class _Method:
     """A call that is offered, and what is known of it before anybody asks."""
 
-    __slots__ = ("answer", "changes", "handler", "kind", "path", "role")
+    __slots__ = ("answer", "changes", "handler", "kind", "messages", "path", "role")
 
-    def __init__(self, path: str, call: Call) -> None:
+    def __init__(self, path: str, call: Call, messages: _Messages) -> None:
         self.path = path
         self.kind = type(call)
-        self.answer: Callable[..., Awaitable[Any]] = call.answer
+        self.messages = messages
+        self.answer = call.answer if isinstance(call, Stream) else self._read_and(call.answer)
         self.role = role_for("GRPC", path)
         self.changes = self.role is not None and self.role > Role.READER
         self.handler = self._bare()
+
+    def _read_and(self, answer: Callable[[bytes, Context, Asking], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def answered(_: Any, context: Context, asking: Asking) -> Any:
+            return await answer(await self.messages.one(context), context, asking)
+
+        return answered
 
     def _bare(self) -> grpc.RpcMethodHandler:
         """For calls that anybody may make, and of which nothing is told."""
@@ -141,13 +176,24 @@ class _Method:
 class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no types
     """The services by their names. With `access`, each call says who asks by a token in its metadata, as an HTTP
     request does in its headers; what changes something is told to the log `kapsl_scheduler.audit`, with `access_log`
-    every call to `kapsl_scheduler.access`."""
+    every call to `kapsl_scheduler.access`. The message of a call is waited for `patience` seconds, where the call takes
+    no token, and three times that where it may be long."""
 
     def __init__(
-        self, services: Mapping[str, Mapping[str, Call]], *, access: Access | None = None, access_log: bool = False
+        self,
+        services: Mapping[str, Mapping[str, Call]],
+        *,
+        patience: float,
+        access: Access | None = None,
+        access_log: bool = False,
     ) -> None:
         paths = {f"/{service}/{name}": call for service, calls in services.items() for name, call in calls.items()}
-        self._methods = {path: _Method(path, call) for path, call in paths.items()}
+        self._strangers = _Messages(patience)
+        known = _Messages(3 * patience)
+        self._methods = {
+            path: _Method(path, call, self._strangers if role_for("GRPC", path) is None else known)
+            for path, call in paths.items()
+        }
         self._access = access
         self._access_log = access_log
 
@@ -157,6 +203,9 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no types
         if method is None:
             return None
         caller = None
+        if method.role is None and self._strangers.awaited >= STRANGERS:
+            error = Overloaded(f"{STRANGERS} calls that take no token have sent no message yet, which is the limit")
+            return method.refusing(error, access_log=self._access_log)
         if self._access is not None and method.role is not None:
             try:
                 caller = self._access.caller(_credential(handler_call_details.invocation_metadata), method.role)

@@ -7,12 +7,14 @@ What is not here: the calls of the Open Inference Protocol (`server.oip_grpc`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import grpc
 
-from kapsl_scheduler.errors import ModelNotLoaded, Overloaded
+from kapsl_scheduler.errors import InvalidInput, ModelNotLoaded, Overloaded
 from kapsl_scheduler.server.grpc_answers import Context
 from kapsl_scheduler.server.grpc_door import Asking, Stream, Streamed, Unary
 from kapsl_scheduler.server.oip_proto import POOL, Message, message_class, parsed
@@ -28,11 +30,37 @@ LOOK_AGAIN: Final = 1.0
 """Seconds after which it is looked again for those who watch: a model's readiness says nothing when it changes."""
 MOST: Final = 256
 """Watches and reflections that may be open, each."""
+EACH: Final = 8
+"""Of them, those of one connection."""
+LONGEST: Final = 4096
+"""Bytes of a question: it has a name in it."""
 
 _HealthRequest: Final = message_class("grpc.health.v1.HealthCheckRequest")
 _HealthResponse: Final = message_class("grpc.health.v1.HealthCheckResponse")
 _ReflectionRequest: Final = message_class("grpc.reflection.v1.ServerReflectionRequest")
 _ReflectionResponse: Final = message_class("grpc.reflection.v1.ServerReflectionResponse")
+
+
+class _Open:
+    """Calls of one kind that are open, by the connection that they came on."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._by_peer: Counter[str] = Counter()
+
+    @contextmanager
+    def another(self, peer: str) -> Iterator[None]:
+        """One more, while this is open. Raises `Overloaded`."""
+        if self._by_peer.total() >= MOST:
+            raise Overloaded(f"{MOST} {self._what} are open, which is the limit")
+        if self._by_peer[peer] >= EACH:
+            raise Overloaded(f"{EACH} {self._what} of one connection are open, which is the limit")
+        self._by_peer[peer] += 1
+        try:
+            yield
+        finally:
+            self._by_peer[peer] -= 1
+            self._by_peer += Counter()  # which leaves out those that are at 0
 
 
 class Health:
@@ -43,7 +71,7 @@ class Health:
         self._service = service
         self._names = frozenset(("", *names))
         self._closing = asyncio.Event()
-        self._watching = 0
+        self._watches = _Open("watches")
 
     def calls(self) -> dict[str, Unary | Streamed]:
         return {"Check": Unary(self._check), "Watch": Streamed(self._watch)}
@@ -62,15 +90,16 @@ class Health:
         return "SERVING" if self._ready(name) else "NOT_SERVING"
 
     async def _check(self, body: bytes, context: Context, asking: Asking) -> bytes:
-        return _health(self._status(parsed(_HealthRequest, body).service))
+        name = _question(_HealthRequest, body).service
+        try:
+            return _health(self._status(name))
+        except ModelNotLoaded:  # which names what is loaded, and anybody may ask
+            raise ModelNotLoaded("no service or model has that name") from None
 
     async def _watch(self, body: bytes, context: Context, asking: Asking) -> None:
-        name = parsed(_HealthRequest, body).service
-        if self._watching >= MOST:
-            raise Overloaded(f"{MOST} watches are open, which is the limit")
-        self._watching += 1
+        name = _question(_HealthRequest, body).service
         last = ""
-        try:
+        with self._watches.another(context.peer()):
             while True:
                 closing = self._closing.is_set()
                 try:
@@ -87,8 +116,13 @@ class Health:
                         await self._closing.wait()
                 except TimeoutError:
                     pass
-        finally:
-            self._watching -= 1
+
+
+def _question(kind: Message, body: bytes) -> Message:
+    """Raises `InvalidInput`."""
+    if len(body) > LONGEST:
+        raise InvalidInput(f"the message has {len(body)} bytes, expected at most {LONGEST}")
+    return parsed(kind, body)
 
 
 def _health(status: str) -> bytes:
@@ -101,21 +135,16 @@ class Reflection:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(sorted(names))
-        self._open = 0
+        self._open = _Open("reflections")
 
     def calls(self) -> dict[str, Stream]:
         return {"ServerReflectionInfo": Stream(self._info)}
 
     async def _info(self, requests: AsyncIterator[bytes], context: Context, asking: Asking) -> None:
-        if self._open >= MOST:
-            raise Overloaded(f"{MOST} reflections are open, which is the limit")
-        self._open += 1
-        try:
+        with self._open.another(context.peer()):
             async for body in requests:
-                answer = self._answered(parsed(_ReflectionRequest, body))
+                answer = self._answered(_question(_ReflectionRequest, body))
                 await context.write(answer.SerializeToString())
-        finally:
-            self._open -= 1
 
     def _answered(self, request: Message) -> Message:
         answer = _ReflectionResponse(valid_host=request.host, original_request=request)

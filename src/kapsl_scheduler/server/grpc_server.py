@@ -26,6 +26,8 @@ __all__ = ["Certificates", "GrpcServer"]
 OTHER_CALLS: Final = 2048
 """Calls that may be open beside the inferences of the service: streams, watches, and messages on their way. More than
 streams, watches and reflections together may be, so that those cannot keep inferences out."""
+CALLS_EACH: Final = 1024
+"""Calls that one connection may have open."""
 MESSAGE_HEAD: Final = 64 << 10
 """Bytes of a message beside its tensors."""
 _LARGEST: Final = 2**31 - 1  # gRPC counts in 32 bits
@@ -45,8 +47,9 @@ class GrpcServer:
 
     Messages of more than `max_body_bytes` (and a little for what is not tensor) are refused, and so are calls beyond
     `max_in_flight` and `OTHER_CALLS`, before they are read: both with RESOURCE_EXHAUSTED. A client that does not answer
-    a ping within `patience` seconds, twice that after it was last heard, loses its connection. Leaving the `async with`
-    ends every call. Raises `OSError` for an address that cannot be had.
+    a ping within `patience` seconds, twice that after it was last heard, loses its connection; one that does not send
+    the message of a call loses the call (`grpc_door.Door`). Leaving the `async with` ends every call. Raises `OSError`
+    for an address that cannot be had.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class GrpcServer:
             options=[
                 ("grpc.max_receive_message_length", min(max_body_bytes + MESSAGE_HEAD, _LARGEST)),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", CALLS_EACH),
                 ("grpc.so_reuseport", 0),  # else two servers would share a port, and their callers
                 ("grpc.keepalive_time_ms", _milliseconds(patience)),
                 ("grpc.keepalive_timeout_ms", _milliseconds(patience)),
@@ -73,6 +77,7 @@ class GrpcServer:
             maximum_concurrent_rpcs=max_in_flight + OTHER_CALLS,
         )
         self._host = f"[{host}]" if ":" in host else host or "0.0.0.0"
+        self._patience = patience
         self._health: Health | None = None
         self._streams: InferStreams | None = None
         address = f"{self._host}:{port}"
@@ -111,7 +116,8 @@ class GrpcServer:
             HEALTH: self._health.calls(),
             **dict.fromkeys(REFLECTION, reflection),
         }
-        self._server.add_generic_rpc_handlers((Door(services, access=access, access_log=access_log),))
+        door = Door(services, patience=self._patience, access=access, access_log=access_log)
+        self._server.add_generic_rpc_handlers((door,))
         await self._server.start()
 
     async def close(self, drain: float) -> None:

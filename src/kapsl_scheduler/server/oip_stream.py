@@ -53,12 +53,14 @@ class InferStreams:
         self.service = service
         self.access_log = access_log
         self._open: set[_Stream] = set()
+        self.closed = False
 
     def call(self) -> Stream:
         return Stream(self._run)
 
     def close(self) -> None:
         """Reads no more requests of any stream. Each ends once those that it has read are answered."""
+        self.closed = True
         for stream in self._open:
             stream.close()
 
@@ -79,6 +81,7 @@ class _Stream:
     """One stream: a reader, and a task for each request that waits for its answers."""
 
     def __init__(self, streams: InferStreams, context: Context, asking: Asking) -> None:
+        self._streams = streams
         self._service = streams.service
         self._access_log = streams.access_log
         self._context = context
@@ -90,7 +93,7 @@ class _Stream:
         """Answers all requests. Whether it came to their end, and not to that of the server."""
         async with asyncio.TaskGroup() as group:
             self._reader = group.create_task(self._read(requests, group))
-            if self._service.draining:
+            if self._streams.closed:
                 self.close()
         return not self._reader.cancelled()
 

@@ -19,6 +19,7 @@ import msgspec
 from kapsl_scheduler.cli_completion import completion
 from kapsl_scheduler.cli_frame import (
     Commands,
+    Number,
     ask_server,
     click,
     json_option,
@@ -266,7 +267,7 @@ async def _describe_models(client: Client) -> list[dict[str, Any]]:
 @_input
 @priority_option
 @click.option("--connections", type=click.IntRange(min=1), default=32, show_default=True, help="Callers at a time.")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
+@click.option("--seconds", type=Number(min=0, min_open=True), default=10.0, show_default=True)
 @click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True, help="Rows of a request.")
 @url_option
 @json_option
@@ -378,7 +379,7 @@ def pack(
 
 
 @main.command()
-@click.option("--seconds", type=click.FloatRange(min=4), default=20.0, show_default=True, help="How long to send.")
+@click.option("--seconds", type=Number(min=4), default=20.0, show_default=True, help="How long to send.")
 @click.option("--serve", "only_serve", is_flag=True, help="Serve the digits model until interrupted.")
 def demo(seconds: float, only_serve: bool) -> None:
     """Serve the digits model and send it real images, live and in bulk, while a job of its package fires."""

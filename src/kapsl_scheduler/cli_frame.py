@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import difflib
 import logging
+import math
 import os
 import sys
 import threading
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Commands",
+    "Number",
     "ask_server",
     "click",
     "job_argument",
@@ -74,6 +76,16 @@ _ADVICE: Final[Mapping[type[Exception], str]] = {
 _LAST_STEPS: Final = 0.5
 # Seconds that the process may take for its last words, should a thread that does not end hold what they need.
 _LAST_WORDS: Final = 5.0
+
+
+class Number(click.FloatRange):
+    """A number within a range; not NaN, which is in every range, and not infinity, which nobody means."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        number: float = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a number.", parameter, context)
+        return number
 
 
 class Commands(click.Group):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kapsl_scheduler.cli_frame import (
+    Number,
     ask_server,
     click,
     json_option,
@@ -45,22 +46,19 @@ class _Answer(NamedTuple):
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"expected numbers with commas, got {text!r}") from None
+    return tuple(Number().convert(part, parameter, context) for part in text.split(","))
 
 
 @click.command()
 @model_argument
 @click.argument("files", nargs=-1, required=True, type=click.Path(allow_dash=True), metavar="FILE...")
 @priority_option
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that each answer may take.")
+@click.option("--timeout", type=Number(min=0, min_open=True), help="Seconds that each answer may take.")
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Requests at a time.")
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="Classes shown of scores.")
 @click.option("--labels", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Their names, one a line.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the answers to this .npz.")
-@click.option("--pixel-scale", type=float, default=1.0, show_default=True, help="Factor of pixels, 0 to 255.")
+@click.option("--pixel-scale", type=Number(), default=1.0, show_default=True, help="Factor of pixels, 0 to 255.")
 @click.option("--pixel-mean", callback=_numbers, default="0", show_default=True, help="Taken from the scaled pixels.")
 @click.option("--pixel-std", callback=_numbers, default="1", show_default=True, help="Divides what that leaves.")
 @url_option
@@ -92,7 +90,10 @@ def infer(
         raise click.UsageError("- can be read once only")
     if output is not None and output.suffix != ".npz":
         raise click.UsageError(f"--output: expected a name that ends in .npz, got {str(output)!r}")
-    names = None if labels is None else labels.read_text("utf-8").splitlines()
+    try:
+        names = None if labels is None else labels.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as unread:
+        raise click.UsageError(f"--labels: {labels}: {unread}") from None
     pixels = Pixels(pixel_scale, pixel_mean, pixel_std)
     reading = partial(read_calls, pixels=pixels, stdin=stdin_of(*files))
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import sys
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -33,6 +35,19 @@ _IMAGES: Final = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0"
 _HEAD: Final = 8
 _LINES: Final = (".jsonl", ".ndjson")
 _MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+_NO_ARRAY: Final = (
+    ValueError,
+    EOFError,
+    MemoryError,
+    RecursionError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
+"""What numpy raises, and what it lets through, for files that are damaged."""
 
 
 class NamedCall(NamedTuple):
@@ -108,14 +123,14 @@ def _arrays(file: BinaryIO) -> Any:
     try:
         loaded = np.load(file, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _NO_ARRAY as error:
         raise InvalidInput(f"is not an array: {error}") from error
 
 
 def _documents(name: str, data: bytes, metadata: Mapping[str, Any]) -> Iterator[NamedCall]:
     try:
-        document = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+        document = _decoded(data)
+    except InvalidInput as error:
         lines = data.splitlines()
         if len(lines) < 2 or not _is_json(lines[0]):
             raise InvalidInput(f"expected an image, an array (.npy, .npz) or JSON: {error}") from error
@@ -124,10 +139,18 @@ def _documents(name: str, data: bytes, metadata: Mapping[str, Any]) -> Iterator[
     yield NamedCall(name, read_call(document, metadata))
 
 
+def _decoded(data: bytes) -> Any:
+    """Raises `InvalidInput`."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidInput(str(error)) from error
+
+
 def _is_json(line: bytes) -> bool:
     try:
-        msgspec.json.decode(line)
-    except msgspec.DecodeError:
+        _decoded(line)
+    except InvalidInput:
         return False
     return True
 
@@ -137,8 +160,8 @@ def _lines(name: str, lines: Iterable[bytes], metadata: Mapping[str, Any]) -> It
         if not line.strip():
             continue
         try:
-            yield NamedCall(f"{name}:{number}", read_call(msgspec.json.decode(line), metadata))
-        except (InvalidInput, msgspec.DecodeError) as error:
+            yield NamedCall(f"{name}:{number}", read_call(_decoded(line), metadata))
+        except InvalidInput as error:
             raise InvalidInput(f"{name}:{number}: {error}") from error
 
 

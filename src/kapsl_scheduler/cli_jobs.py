@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from kapsl_scheduler.cli_frame import (
+    Number,
     ask_server,
     click,
     job_argument,
@@ -105,7 +106,7 @@ def show(id: str, url: str, as_json: bool) -> None:
 @jobs.command()
 @click.argument("what", metavar="ID|FILE")
 @click.option("--schedule", help='When it fires: "second minute hour day month weekday [year]".')
-@click.option("--every", type=click.FloatRange(min=0, min_open=True), help="Seconds between two firings, instead.")
+@click.option("--every", type=Number(min=0, min_open=True), help="Seconds between two firings, instead.")
 @click.option("--tz", default="UTC", show_default=True, help="Zone of the schedule.")
 @click.option(
     "--model", shell_complete=complete_model, help="Model that it asks; may be left out where there is but one."
@@ -121,7 +122,7 @@ def show(id: str, url: str, as_json: bool) -> None:
 )
 @click.option("--force-cpu", is_flag=True, help="Run on the CPU whatever there is.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that a run may take, with all its attempts."
+    "--timeout", type=Number(min=0, min_open=True), help="Seconds that a run may take, with all its attempts."
 )
 @click.option("--attempts", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--paused", is_flag=True, help="Do not fire before it is resumed.")

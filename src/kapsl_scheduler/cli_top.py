@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from kapsl_scheduler.cli_frame import ask_server, click, json_option, print_json, url_option
+from kapsl_scheduler.cli_frame import Number, ask_server, click, json_option, print_json, url_option
 from kapsl_scheduler.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _COLUMNS: Final = ("model", ">queued", ">running", ">req/s", ">fail/s", ">p50", 
 @click.option("--once", is_flag=True, help="Look twice, --interval apart, print once, and end.")
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.05, max=3600),
+    type=Number(min=0.05, max=3600),
     default=1.0,
     show_default=True,
     help="Seconds between two looks.",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from kapsl_scheduler.cli_frame import click, json_option, print_json
+from kapsl_scheduler.cli_frame import Number, click, json_option, print_json
 from kapsl_scheduler.cli_progress import progress
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ class _Tuning(NamedTuple):
 @click.option(
     "--latency-goal-ms",
     "goal_ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Milliseconds that 99 of 100 requests may take. Without it: the most rows a second, and no delay.",
 )
 @click.option("--max-batch-size", "most", type=click.IntRange(min=1), default=64, show_default=True, help="Most rows.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of one call.")
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="How long to measure.")
+@click.option("--seconds", type=Number(min=0.1), default=10.0, show_default=True, help="How long to measure.")
 @click.option(
     "--input",
     "given",

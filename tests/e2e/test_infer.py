@@ -108,6 +108,13 @@ async def test_what_fails_is_named_and_the_rest_is_answered(
         [["input", "outputs"], ["input", "error"], ["input", "error"], ["input", "outputs"]],
     )
     assert told[1]["error"]["code"] == "invalid_input"
+    for options, wrong in ((["--timeout", "nan"], "nan"), (["--pixel-std", "1,inf"], "inf")):
+        code, printed, said = await run("infer", "digits", wide, *options, "--url", server.url)
+        assert (code, printed) == (2, "")
+        assert f"'{wrong}' is not a number." in said
+    wide.with_suffix(".txt").write_bytes(b"\xff\xfe")
+    code, printed, said = await run("infer", "digits", wide, "--labels", wide.with_suffix(".txt"), "--url", server.url)
+    assert (code, "--labels: " in said, "Traceback" in said) == (2, True, False)
     code, printed, said = await run("infer", "digits", wide, "--url", server.url)
     assert (code, printed) == (1, "")
     assert said.startswith("Error: input 'pixels': axis 1 is 65")

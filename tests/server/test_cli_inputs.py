@@ -144,6 +144,20 @@ def test_a_line_that_cannot_be_read_comes_behind_those_that_can(tmp_path: Path) 
         next(calls)
 
 
+def saved(array: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def damaged_archive() -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, x=np.random.default_rng(0).random((4, 2)))
+    data = bytearray(file.getvalue())
+    data[100:140] = b"\xff" * 40
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -153,6 +167,13 @@ def test_a_line_that_cannot_be_read_comes_behind_those_that_can(tmp_path: Path) 
         (b"PK\x03\x04 and no more", "is not an array"),
         (b"\x93NUMPY and no more", "is not an array"),
         (b'{"z": 1}', "expected one of x"),
+        (b'["\xff"]', "expected an image, an array"),
+        (b"[" * 100_000, "expected an image, an array"),
+        (b'[1, 2]\n["\xff"]', r"given:2: 'utf-8' codec"),
+        (b"\x93NUMPY\x01\x00\x10\x00{not a header   \n", "is not an array"),
+        (damaged_archive(), "is not an array"),
+        (saved(np.full((1, 2), 1 + 5j)), "not convertible to FP32: complex128 came"),
+        (saved(np.zeros((1, 2), "M8[D]")), r"not convertible to FP32: datetime64\[D\] came"),
     ],
 )
 def test_what_cannot_be_read_is_named_once(tmp_path: Path, content: bytes, said: str) -> None:

@@ -163,6 +163,7 @@ def test_who_was_refused_is_let_in_when_it_was_told_to_come() -> None:
         ("GET", "/debug", Role.ADMIN),
         ("POST", "/v1/chat/completions", Role.READER),
         ("GET", "/api/health", None),
+        ("GET", "/openapi.json", Role.READER),  # it has the names of models
         ("GET", "/api/models", Role.READER),
         ("POST", "/api/models/0/infer", Role.READER),
         ("POST", "/api/models/start", Role.ADMIN),

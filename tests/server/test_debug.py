@@ -153,11 +153,13 @@ def test_a_servers_own_settings_hide_who_may_ask() -> None:
         ({"db_password": "x", "password": None}, {"db_password": "(hidden)", "password": None}),
         ({"a": [{"api_key": "x", "key": "y"}]}, {"a": [{"api_key": "(hidden)", "key": "y"}]}),
         ("postgres://me:pass@host/db", "postgres://(hidden)@host/db"),
+        ("https://me:p@ss@host/v1?api_key=x&a=b#c", "https://(hidden)@host/v1?(hidden)#c"),
         ("http://host:4318/v1@2", "http://host:4318/v1@2"),
+        ("what is it? a text", "what is it? a text"),
         (("plain", 1, 2.5, None, True), ["plain", 1, 2.5, None, True]),
     ],
 )
-def test_secrets_are_hidden_by_name_and_users_in_urls(value: Any, shown: Any) -> None:
+def test_secrets_are_hidden_by_name_and_users_and_queries_in_urls(value: Any, shown: Any) -> None:
     assert without_secrets(value) == shown
 
 

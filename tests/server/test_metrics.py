@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import pytest
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -60,6 +61,15 @@ async def test_openmetrics_is_spoken_to_who_asks_for_it() -> None:
     names = {family.name for family in openmetrics.text_string_to_metric_families(response.text)}
     assert {"kapsl_build", "kapsl_build_info"} & names
     assert "kapsl_cron_outcomes" in names
+
+
+@pytest.mark.parametrize("version", ["abc", "", "1.0.0.0.0"])
+async def test_a_version_that_is_none_is_answered_in_some_form(version: str) -> None:
+    async with serving() as server:
+        accept = {"accept": f"application/openmetrics-text; version={version}; escaping=allow-utf-8"}
+        response = await server.client.get("/metrics", headers=accept)
+    assert response.status_code == 200
+    assert "kapsl_build" in response.text
 
 
 async def test_a_server_without_jobs_has_no_figures_of_them() -> None:

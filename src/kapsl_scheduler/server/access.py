@@ -177,7 +177,6 @@ _ROLES: Final[tuple[tuple[frozenset[str], re.Pattern[str], Role | None], ...]] =
         ("GRPC", r"/", Role.READER),
         ("", r"/v2/health/", None),
         ("", r"/api/health$", None),
-        ("GET", r"/openapi\.json$", None),
         # The dashboard's pages and their files, which hold no data.
         ("GET HEAD", r"/((models|jobs|runs)(/.*)?|events)?$", None),
         ("GET HEAD", r"/dashboard/static/", None),

@@ -38,7 +38,7 @@ _MOST: Final = 1000
 _DEEPEST: Final = 50
 _HIDDEN: Final = "(hidden)"
 _SECRET: Final = re.compile(r"token|secret|password|passphrase|credential|api_?key|private|header", re.IGNORECASE)
-_USER_IN_URL: Final = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_IN_URL: Final = re.compile(r"(?<=://)[^/?#\s]+(?=@)|(?<=\?)[^\s#]+")  # a user and a password; a query
 _PACKAGES: Final = (
     "kapsl-scheduler",
     "numpy",
@@ -117,7 +117,7 @@ class DebugApi:
 
 
 def without_secrets(value: Any) -> Any:
-    """Plain values without those whose names say that they are nobody's business, and without users in URLs."""
+    """Plain values without those whose names say that they are nobody's business; without users and queries in URLs."""
     if isinstance(value, Mapping):
         return {
             key: _HIDDEN if each and _SECRET.search(str(key)) else without_secrets(each) for key, each in value.items()
@@ -125,7 +125,7 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_secrets(each) for each in value]
     if isinstance(value, str):
-        return _USER_IN_URL.sub(_HIDDEN, value)
+        return _IN_URL.sub(_HIDDEN, value) if "://" in value else value
     return value
 
 

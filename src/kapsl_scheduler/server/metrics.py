@@ -53,7 +53,10 @@ class Metrics:
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The figures as of now in the format that an `Accept` header asks for, and its content type. They are read
         here and written beside the loop: for 200 jobs, or as many models, that takes some 20 milliseconds."""
-        encode, kind = choose_encoder(accept)
+        try:
+            encode, kind = choose_encoder(accept)
+        except (TypeError, ValueError):  # it asks for a version that is none
+            encode, kind = choose_encoder("")
         service = self._service
         connections = None if self._connections is None else self._connections()
         exemplars = {} if service.tracing is None else service.tracing.exemplars()

@@ -7,6 +7,7 @@ What is not here: tensors (`server.oip`), routes and calls.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -74,6 +75,7 @@ def model_config(model: ServedModel) -> dict[str, Any]:
     """The model as Triton configures it. Where it is batched on the first axis of all tensors, that axis is not one of
     `dims` but has `max_batch_size`; else that is 0."""
     info, statistics = model.info, model.scheduler.statistics()
+    number = int(info.version) if re.fullmatch(r"[0-9]{1,18}", info.version) else None  # as the protocol has versions
     batched = info.batchable and all(spec.batch_axis == 0 for spec in (*info.inputs, *info.outputs))
 
     def tensor(spec: TensorSpec) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def model_config(model: ServedModel) -> dict[str, Any]:
         "max_batch_size": statistics.max_batch_size if batched else 0,
         "input": [tensor(spec) for spec in info.inputs],
         "output": [tensor(spec) for spec in info.outputs],
-        "version_policy": {"specific": {"versions": [int(info.version)]}} if info.version.isdigit() else {},
+        "version_policy": {"specific": {"versions": [number]}} if number is not None else {},
         "instance_group": [{"name": model.name, "count": statistics.slots, "kind": "KIND_AUTO"}],
         **({"dynamic_batching": {"max_queue_delay_microseconds": 0}} if info.batchable else {}),
         **({"model_transaction_policy": {"decoupled": True}} if info.streams else {}),

@@ -5,13 +5,12 @@ What is not here: looking and showing (`cli_top`).
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from kapsl_scheduler.runtime.metrics import BOUNDS, percentile_of
+from kapsl_scheduler.runtime.metrics import BOUNDS, counts_of, percentile_of
 
 __all__ = ["ClassFigures", "Look", "ModelFigures", "ServerFigures", "figures"]
 
@@ -92,8 +91,7 @@ def _of_model(before: Mapping[str, Any] | None, now: Mapping[str, Any], seconds:
             continue
         counts = [0] * (len(BOUNDS) + 1)
         for sign, book in ((1, entry), (-1, first["classes"][name])):
-            for bound, count in book["latency_counts"].items():  # whose keys JSON has made text
-                place = bisect_left(BOUNDS, float(bound))
+            for place, count in enumerate(counts_of(book["latency_counts"])):
                 counts[place] += sign * count
                 all_counts[place] += sign * count
         answered = entry["succeeded"] - first["classes"][name]["succeeded"]

@@ -11,7 +11,7 @@ import pytest
 
 from kapsl_scheduler import BatchPolicy, Priority, QueuePolicy, Scheduler
 from kapsl_scheduler.errors import Unavailable
-from kapsl_scheduler.runtime.metrics import BOUNDS, Durations, Histogram
+from kapsl_scheduler.runtime.metrics import BOUNDS, Durations, Histogram, counts_of
 from kapsl_scheduler.testing import FakeAsyncEngine, FakeEngine, Fault, FaultPlan
 from tests.runtime.helpers import numbered, session_of, start, virtual_scheduler
 from tests.runtime.virtual import virtual
@@ -59,12 +59,17 @@ async def test_statistics_are_the_books_and_the_load() -> None:
 async def test_latencies_between_two_moments_are_the_difference_of_their_counts() -> None:
     async with virtual_scheduler(slow()) as scheduler:
         await scheduler.infer(numbered(0))
-        before = scheduler.latencies()
+        before = scheduler.statistics().classes
         await scheduler.infer(numbered(1))
         await scheduler.infer(numbered(2), priority=Priority.THROUGHPUT)
-        after = scheduler.latencies()
+        after = scheduler.statistics().classes
     new = {
-        name: [now - then for now, then in zip(after[name].counts, before[name].counts, strict=True)]
+        name: [
+            now - then
+            for now, then in zip(
+                counts_of(after[name].latency_counts), counts_of(before[name].latency_counts), strict=True
+            )
+        ]
         for name in ("latency_critical", "throughput", "background")
     }
     assert {name: sum(counts) for name, counts in new.items()} == {

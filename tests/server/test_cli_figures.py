@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kapsl_scheduler import BatchPolicy, Priority, Scheduler
 from kapsl_scheduler.cli_figures import Look, figures
 from kapsl_scheduler.engines import CallableEngine
-from kapsl_scheduler.runtime.metrics import Histogram
+from kapsl_scheduler.runtime.metrics import Histogram, by_bound
 
 CLASSES = ("latency_critical", "throughput", "background")
 COUNTS = ("offered", "invalid", "refused", "failed", "expired", "evicted", "succeeded", "calls", "rows", "queued")
@@ -28,7 +28,7 @@ def model(
         histogram = Histogram()
         for seconds in (latencies or {}).get(each, ()):
             histogram.extend([0.0], seconds)
-        counted = {str(bound): count for bound, count in histogram.counts_by_bound.items()}
+        counted = {str(bound): count for bound, count in by_bound(histogram.counts).items()}
         classes[each] = {"queued": queued, "succeeded": histogram.count, "latency_counts": counted}
     answered = sum(int(entry["succeeded"]) for entry in classes.values())
     numbers = dict.fromkeys(COUNTS, 0) | {"succeeded": answered, "queued": queued} | counts

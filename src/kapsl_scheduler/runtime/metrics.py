@@ -26,6 +26,8 @@ __all__ = [
     "Latencies",
     "SchedulerHealth",
     "SchedulerStatistics",
+    "by_bound",
+    "counts_of",
     "percentile_of",
 ]
 
@@ -76,13 +78,6 @@ class Histogram:
     @property
     def counts(self) -> list[int]:
         return [int(count) for count in self._sorted().counts]
-
-    @property
-    def counts_by_bound(self) -> dict[float, int]:
-        """Only of the buckets that have any; what is above all of them is in the last one's."""
-        counts = self.counts
-        counts[-2] += counts.pop()
-        return {bound: count for bound, count in zip(BOUNDS, counts, strict=True) if count}
 
     @property
     def total(self) -> float:
@@ -158,6 +153,21 @@ class Durations:
     def percentile(self, percent: float) -> float | None:
         """Seconds below which `percent` of the values lie, to within a bucket; None without values."""
         return percentile_of(self.counts, percent)
+
+
+def by_bound(counts: Sequence[int]) -> dict[float, int]:
+    """Counts of buckets by their upper bounds, only of those that have any; what is above all is in the last one's."""
+    *within, last, above = counts
+    return {bound: count for bound, count in zip(BOUNDS, (*within, last + above), strict=True) if count}
+
+
+def counts_of(by_bound: Mapping[Any, int]) -> list[int]:
+    """The same as they were before, in the order of the buckets. The bounds may be texts, which is all that JSON has
+    for keys."""
+    counts = [0] * (len(BOUNDS) + 1)
+    for bound, count in by_bound.items():
+        counts[bisect_left(BOUNDS, float(bound))] += count
+    return counts
 
 
 def percentile_of(counts: Sequence[int], percent: float) -> float | None:

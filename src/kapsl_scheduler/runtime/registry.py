@@ -7,7 +7,7 @@ is not here: files, engines, protocols.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,7 +15,6 @@ import msgspec
 
 from kapsl_scheduler.errors import ModelLoadError, ModelNotLoaded, Unavailable
 from kapsl_scheduler.ports import ReplicaScheduler
-from kapsl_scheduler.runtime.metrics import Latencies
 from kapsl_scheduler.types import ModelInfo
 
 __all__ = ["ModelRegistry", "ModelScheduler", "ServedModel"]
@@ -44,7 +43,6 @@ class ModelScheduler(ReplicaScheduler, Protocol):
 
     def health(self) -> _Health: ...
     def statistics(self) -> Any: ...
-    def latencies(self) -> Mapping[str, Latencies]: ...
 
 
 class ServedModel(msgspec.Struct, frozen=True):

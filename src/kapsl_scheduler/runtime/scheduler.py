@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -30,7 +30,7 @@ from kapsl_scheduler.ports import Clock, Engine, Observer
 from kapsl_scheduler.runtime.deadlines import Alarm, Deadlines
 from kapsl_scheduler.runtime.dispatch import Dispatch
 from kapsl_scheduler.runtime.entrance import Entrance, Phase, PriorityPolicy
-from kapsl_scheduler.runtime.metrics import EngineHealth, Latencies, SchedulerHealth, SchedulerStatistics
+from kapsl_scheduler.runtime.metrics import EngineHealth, SchedulerHealth, SchedulerStatistics
 from kapsl_scheduler.runtime.settlement import Settlement, as_engine_error, report
 from kapsl_scheduler.runtime.stream import StreamChannel
 from kapsl_scheduler.runtime.worker import PROBE_FIRST
@@ -471,13 +471,6 @@ class Scheduler:
         """The books and the load, as of now."""
         self._let_in()
         return report(self._books, self._dispatches())
-
-    def latencies(self) -> Mapping[str, Latencies]:
-        """The answers of each class by their seconds from arrival to answer. The difference between two moments says
-        what was seen between them."""
-        self._let_in()
-        classes = zip(Priority, self._books.classes, strict=True)
-        return {priority.name.lower(): books.latency.latencies() for priority, books in classes}
 
     def metrics(self) -> EngineMetrics:
         """What the engines have done, all together."""

@@ -17,7 +17,7 @@ from kapsl_scheduler.errors import DeadlineExceeded, EngineError, InferenceError
 from kapsl_scheduler.ports import Clock, Observer
 from kapsl_scheduler.runtime.deadlines import Alarm, Deadlines
 from kapsl_scheduler.runtime.dispatch import Dispatch
-from kapsl_scheduler.runtime.metrics import Books, ClassStatistics, SchedulerStatistics
+from kapsl_scheduler.runtime.metrics import Books, ClassStatistics, SchedulerStatistics, by_bound, percentile_of
 from kapsl_scheduler.runtime.worker import Outcome
 from kapsl_scheduler.types import Array, InferenceResponse, Priority, Tensors
 
@@ -268,18 +268,18 @@ def report(books: Books, dispatches: Sequence[Dispatch]) -> SchedulerStatistics:
             slots += dispatch.queue.slots
     admitted = books.offered - books.invalid - books.refused - books.withdrawn - waiting
     ended = books.succeeded + books.failed + books.expired + books.cancelled + books.evicted
-    classes = {
-        priority.name.lower(): ClassStatistics(
+    classes: dict[str, ClassStatistics] = {}
+    for priority, figures in zip(Priority, books.classes, strict=True):
+        counts, total = figures.latency.latencies()
+        classes[priority.name.lower()] = ClassStatistics(
             queued=queued_by_class[priority],
-            succeeded=figures.latency.count,
-            latency_p50=figures.latency.percentile(50),
-            latency_p99=figures.latency.percentile(99),
-            latency_total=figures.latency.total,
+            succeeded=sum(counts),
+            latency_p50=percentile_of(counts, 50),
+            latency_p99=percentile_of(counts, 99),
+            latency_total=total,
             queue_time_total=figures.queue_time,
-            latency_counts=figures.latency.counts_by_bound,
+            latency_counts=by_bound(counts),
         )
-        for priority, figures in zip(Priority, books.classes, strict=True)
-    }
     return SchedulerStatistics(
         offered=books.offered,
         invalid=books.invalid,

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
-from kapsl_scheduler.runtime.metrics import BOUNDS
+from kapsl_scheduler.runtime.metrics import BOUNDS, Latencies, counts_of
 from kapsl_scheduler.server.http_figures import HttpFigures
 from kapsl_scheduler.server.service import Service
 
@@ -81,12 +81,16 @@ def figures_of(service: Service) -> list[ModelFigures]:
     found = []
     for model in service.registry.list():
         health, figures = model.scheduler.health(), service.figures_of(model)
+        statistics = model.scheduler.statistics()
         found.append(
             ModelFigures(
                 name=model.name,
                 version=model.info.version,
-                statistics=model.scheduler.statistics(),
-                latencies=model.scheduler.latencies(),
+                statistics=statistics,
+                latencies={
+                    name: Latencies(counts_of(each.latency_counts), each.latency_total)
+                    for name, each in statistics.classes.items()
+                },
                 ready=health.ready,
                 engines={engine.name: engine.status == "ready" for engine in health.engines},
                 answers=dict(figures.answers),

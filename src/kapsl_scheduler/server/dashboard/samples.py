@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
-from kapsl_scheduler.runtime.metrics import Durations, SchedulerStatistics
+from kapsl_scheduler.runtime.metrics import Durations, SchedulerStatistics, counts_of
 from kapsl_scheduler.runtime.registry import ModelScheduler, ServedModel
 from kapsl_scheduler.server.service import Service
 
@@ -138,7 +138,7 @@ class Sampler:
     def _model(self, model: ServedModel, earlier: _Earlier | None, elapsed: float) -> ModelSample:
         scheduler = model.scheduler
         now: SchedulerStatistics = scheduler.statistics()
-        latencies = {name: each.counts for name, each in scheduler.latencies().items()}
+        latencies = {name: counts_of(each.latency_counts) for name, each in now.classes.items()}
         self._models[_key(model)] = _Earlier(scheduler, now, latencies)
         if earlier is not None and earlier.scheduler is not scheduler:  # another one's counts have begun anew
             earlier = None

@@ -29,7 +29,7 @@ from benchmarks.stats import median, percentile
 from kapsl_scheduler.client import Client, LoadTally, closed_loop
 from kapsl_scheduler.demo.run import PACKAGE
 from kapsl_scheduler.errors import EngineError
-from kapsl_scheduler.server.oip import encode_request
+from kapsl_scheduler.server.oip_json import encode_request
 from kapsl_scheduler.types import Priority
 
 __all__ = ["Options", "run"]

@@ -22,14 +22,8 @@ import msgspec
 import numpy as np
 
 from kapsl_scheduler import errors
-from kapsl_scheduler.server.oip import (
-    InferCall,
-    InferReply,
-    decode_reply,
-    decode_request,
-    encode_request,
-    numpy_dtype_of,
-)
+from kapsl_scheduler.server.oip import InferCall, numpy_dtype_of
+from kapsl_scheduler.server.oip_json import InferReply, decode_reply, decode_request, encode_request
 from kapsl_scheduler.types import Array, InferenceRequest, Priority, Tensors
 
 __all__ = ["Client", "LoadTally", "closed_loop", "fit_inputs", "random_inputs", "read_call"]

@@ -26,7 +26,7 @@ from kapsl_scheduler.errors import (
     Unavailable,
 )
 from kapsl_scheduler.packages import build_package
-from kapsl_scheduler.server.oip import InferReply
+from kapsl_scheduler.server.oip_json import InferReply
 from kapsl_scheduler.types import Priority
 from tests.e2e.process import DIGITS, FOREVER, PATIENCE, build_working_model, counted, serving, start, until, work
 

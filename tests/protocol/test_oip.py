@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kapsl_scheduler.errors import InferenceError, InvalidInput
-from kapsl_scheduler.server import oip
-from kapsl_scheduler.server.oip import (
-    InferCall,
-    check_outputs,
-    decode_reply,
-    decode_request,
-    encode_reply,
-    encode_request,
-    numpy_dtype_of,
-)
+from kapsl_scheduler.server import oip_json
+from kapsl_scheduler.server.oip import InferCall, check_outputs, numpy_dtype_of
+from kapsl_scheduler.server.oip_json import decode_reply, decode_request, encode_reply, encode_request
 from kapsl_scheduler.server.oip_models import model_metadata
 from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority, TensorSpec
 
@@ -160,8 +153,8 @@ def test_an_error_is_never_much_larger_than_a_request_may_be() -> None:
 
 @pytest.mark.parametrize("datatype", DATATYPES)
 def test_long_tensors_mean_what_short_ones_mean(datatype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oip, "_PIECE_BYTES", 7)
-    monkeypatch.setattr(oip, "_PIECE_VALUES", 3)
+    monkeypatch.setattr(oip_json, "_PIECE_BYTES", 7)
+    monkeypatch.setattr(oip_json, "_PIECE_VALUES", 3)
     dtype = numpy_dtype_of(datatype)
     for count in range(20):
         array = (np.arange(count) % 101).astype(dtype).reshape(1, count)
@@ -183,7 +176,7 @@ def test_long_tensors_mean_what_short_ones_mean(datatype: str, monkeypatch: pyte
     ],
 )
 def test_a_fault_in_a_long_tensor_has_its_place(data: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oip, "_PIECE_BYTES", 7)
+    monkeypatch.setattr(oip_json, "_PIECE_BYTES", 7)
     body = f'{{"inputs":[{{"name":"x","shape":[13],"datatype":"FP32","data":{data}}}]}}'
 
     with pytest.raises(InvalidInput, match=said):
@@ -191,7 +184,7 @@ def test_a_fault_in_a_long_tensor_has_its_place(data: str, said: str, monkeypatc
 
 
 def test_numbers_that_are_none_are_null_in_a_long_tensor_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oip, "_PIECE_VALUES", 2)
+    monkeypatch.setattr(oip_json, "_PIECE_VALUES", 2)
     outputs = {"y": np.array([1, np.nan, np.inf, 2, 3], np.float32)}
 
     body, _ = encode_reply(MODEL, "m", outputs, InferCall(InferenceRequest({})))

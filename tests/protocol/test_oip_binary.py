@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kapsl_scheduler.errors import InvalidInput
-from kapsl_scheduler.server.oip import InferCall, decode_reply, decode_request, encode_reply
+from kapsl_scheduler.server.oip import InferCall
+from kapsl_scheduler.server.oip_json import decode_reply, decode_request, encode_reply
 from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority, TensorSpec, numpy_dtype
 
 MODEL = ModelInfo("m", version="3", inputs=(TensorSpec("x", "float32", (None, 2)),))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kapsl_scheduler.errors import InvalidInput
-from kapsl_scheduler.server.oip import InferCall, datatype_of_array, decode_request, encode_request
+from kapsl_scheduler.server.oip import InferCall, datatype_of_dtype
+from kapsl_scheduler.server.oip_json import decode_request, encode_request
 from kapsl_scheduler.server.oip_proto import decode_call, encode_response, message_class, parsed
 from kapsl_scheduler.server.oip_raw import encode_raw
 from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority
@@ -107,7 +108,7 @@ def binary_body(inputs: dict[str, np.ndarray[Any, Any]], said: dict[str, Any]) -
         {
             "name": name,
             "shape": array.shape,
-            "datatype": datatype_of_array(array),
+            "datatype": datatype_of_dtype(array.dtype),
             "parameters": {"binary_data_size": len(raw)},
         }
         for (name, array), raw in zip(inputs.items(), raws, strict=True)
@@ -119,7 +120,7 @@ def binary_body(inputs: dict[str, np.ndarray[Any, Any]], said: dict[str, Any]) -
 def message(inputs: dict[str, np.ndarray[Any, Any]], *, typed: bool, **fields: Any) -> bytes:
     request = Request(model_name="m", **fields)
     for name, array in inputs.items():
-        datatype = datatype_of_array(array)
+        datatype = datatype_of_dtype(array.dtype)
         tensor = request.inputs.add(name=name, datatype=datatype, shape=array.shape)
         if typed:
             values = array.ravel().tolist()

@@ -1,7 +1,7 @@
 """One inference over HTTP: the bytes of a request to those of its answer.
 
 Whoever has the bytes asks `Inference.answer`: the door (`server.door`), which reads them off the connection itself, or
-an ASGI server by way of `__call__`. What is not here: the form of tensors (`server.oip`), counting and bounds of what
+an ASGI server by way of `__call__`. What is not here: the form of tensors (`server.oip_json`), counting and bounds of what
 is in flight (`server.service`).
 """
 
@@ -21,7 +21,8 @@ from kapsl_scheduler.server.access import Guard
 from kapsl_scheduler.server.answers import Answer, error_answer, response_of
 from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body
 from kapsl_scheduler.server.http_figures import INFER_ROUTE, HttpFigures
-from kapsl_scheduler.server.oip import InferCall, decode_request, encode_reply
+from kapsl_scheduler.server.oip import InferCall
+from kapsl_scheduler.server.oip_json import decode_request, encode_reply
 from kapsl_scheduler.server.presence import while_connected
 from kapsl_scheduler.server.service import Service
 from kapsl_scheduler.types import Array, InferenceResponse, ModelInfo

@@ -1,7 +1,7 @@
 """Models, statistics and settings as the Open Inference Protocol shows them, whatever carries them: plain values, which
 REST writes as JSON and gRPC as messages.
 
-What is not here: tensors (`server.oip`), routes and calls.
+What is not here: tensors (`server.oip_json`), routes and calls.
 """
 
 from __future__ import annotations

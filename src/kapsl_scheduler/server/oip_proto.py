@@ -24,7 +24,7 @@ from kapsl_scheduler.server.oip import (
     NO_SHARED_MEMORY,
     InferCall,
     chosen_outputs,
-    datatype_of_array,
+    datatype_of_dtype,
     set_outputs,
     set_parameters,
 )
@@ -236,7 +236,7 @@ def encode_response(model: ModelInfo, name: str, outputs: Tensors, call: InferCa
     output that the model did not return."""
     tensors, raws = [], []
     for output, array in chosen_outputs(outputs, call):
-        tensors.append(_Output(name=output, datatype=datatype_of_array(array), shape=array.shape))
+        tensors.append(_Output(name=output, datatype=datatype_of_dtype(array.dtype), shape=array.shape))
         raws.append(encode_raw(array))
     return _Response(
         model_name=name, model_version=model.version, id=call.id, outputs=tensors, raw_output_contents=raws

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from kapsl_scheduler.app_grpc import check_grpc, grpc_port
-from kapsl_scheduler.app_http import Listening, listen, serve_http, server_version, tls_options
+from kapsl_scheduler.app_http import Listening, Ports, Served, listen, serve_http, server_version, tls_options
 from kapsl_scheduler.app_jobs import Jobs, faults_of_jobs
 from kapsl_scheduler.app_kapsl import kapsl_listeners
 from kapsl_scheduler.app_memory import frozen
@@ -94,8 +94,9 @@ async def serve(
             Models(config, registry, jobs, Path(workdir)) as loading,
         ):
             if await _done_before(stop, loading.load(models, engines)):
+                served, ports = Served(registry, loading, cron, tracing), Ports(listener, sockets, grpc)
                 with frozen():
-                    await serve_http(config, registry, cron, loading, listener, sockets, grpc, announce, stop, tracing)
+                    await serve_http(config, served, ports, announce, stop)
 
 
 async def check(config: Config, models: Sequence[str]) -> list[Checked]:

@@ -11,7 +11,7 @@ import logging
 import math
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from kapsl_scheduler.server.grpc_server import GrpcServer
     from kapsl_scheduler.server.tracing import Tracing
 
-__all__ = ["Listening", "listen", "serve_http", "server_version", "tls_options"]
+__all__ = ["Listening", "Ports", "Served", "listen", "serve_http", "server_version", "tls_options"]
 
 _log = logging.getLogger(__name__)
 
@@ -95,83 +95,49 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from error
 
 
+class Ports(NamedTuple):
+    """Where an application is asked: over HTTP, by the Kapsl socket's clients, and over gRPC, where there is that."""
+
+    http: socket.socket
+    kapsl: Sequence[socket.socket]
+    grpc: GrpcServer | None
+
+
+class Served(NamedTuple):
+    """What an application answers for: its models, its jobs if it has any, and where its spans go if anywhere."""
+
+    registry: ModelRegistry[Source]
+    models: Models
+    cron: CronScheduler | None
+    tracing: Tracing | None
+
+
 async def serve_http(
-    config: Config,
-    registry: ModelRegistry[Source],
-    cron: CronScheduler | None,
-    models: Models,
-    listener: socket.socket,
-    sockets: Sequence[socket.socket],
-    grpc: GrpcServer | None,
-    announce: Callable[[Listening], None],
-    stop: asyncio.Event,
-    tracing: Tracing | None,
+    config: Config, served: Served, ports: Ports, announce: Callable[[Listening], None], stop: asyncio.Event
 ) -> None:
-    service = Service(registry, version=server_version(), max_in_flight=config.server.max_in_flight, tracing=tracing)
-    max_body_bytes = config.server.max_body_bytes
-    parts: list[Part] = [
-        OipApi(service, reload=models.reload, unload=models.unload),
-        GenerateApi(service, max_body_bytes=max_body_bytes),
-        OpenAiApi(service, max_body_bytes=max_body_bytes),
-        KapslApi(service, models, max_body_bytes=max_body_bytes),
-    ]
-    if cron is not None:
-        parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
-    pages = Pages()
-    parts += [pages, Live(service, cron, pages=pages.digest)]
-    plain = msgspec.to_builtins(config, enc_hook=str)
-    parts.append(DebugApi(service, cron, plain, lambda: server.server_state.connections))
-    metrics = Metrics(service, cron, connections=lambda: len(server.server_state.connections))
-    settings = config.server
+    """Answers on all ports until it is to stop, and then in the order in which nobody is cut off."""
+    settings, (registry, models, cron, tracing), grpc = config.server, served, ports.grpc
+    service = Service(registry, version=server_version(), max_in_flight=settings.max_in_flight, tracing=tracing)
     access = Access(config.tokens) if config.tokens else None
     kapsl = KapslSocket(
         service,
         models.ids,
-        max_body_bytes=max_body_bytes,
+        max_body_bytes=settings.max_body_bytes,
         max_connections=settings.max_connections,
         access=access,
         access_log=settings.access_log,
     )
-    api = HttpApi(
-        service,
-        max_body_bytes=max_body_bytes,
-        metrics=metrics,
-        parts=parts,
-        absent=NO_JOBS,
-        guard=_guard(settings, access),
-        access_log=settings.access_log,
-    )
-    host, port = listener.getsockname()[:2]
-    scheme = "http" if settings.tls_cert is None else "https"
-    url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-    names = tuple(dict.fromkeys(model.name for model in registry.list()))
-    server = _Server(
-        uvicorn.Config(
-            api,
-            http=partial(Connection, api.inference, settings.max_connections),  # type: ignore[arg-type]  # it is called as a class would be
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=math.ceil(config.server.drain) + _GOODBYE,
-            **tls_options(settings),
-        ),
-        started=lambda: announce(
-            Listening(url, names, tuple(map(endpoint_of, sockets)), None if grpc is None else grpc.address)
-        ),
-    )
+    api = _application(config, served, service, access, lambda: server.server_state.connections)
+    server = _Server(_uvicorn_config(config, api), started=lambda: announce(_listening(settings, registry, ports)))
     # uvicorn has a warning for each request that is no HTTP: strangers could fill the log, or a pipe that nobody reads.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    await kapsl.start(sockets)
+    await kapsl.start(ports.kapsl)
     if grpc is not None:
         await grpc.start(
             service, reload=models.reload, unload=models.unload, access=access, access_log=settings.access_log
         )
     async with asyncio.TaskGroup() as group:
-        serving = group.create_task(server.serve([listener]))
+        serving = group.create_task(server.serve([ports.http]))
         sweeping = group.create_task(_sweep(server, kapsl, settings.client_patience))
         if tracing is not None and cron is not None:
             group.create_task(tracing.follow(cron.events()))  # until the scheduler of the jobs is closed
@@ -180,21 +146,81 @@ async def serve_http(
         models.stop()
         draining = {serving}
         if cron is not None:  # fires nothing more from here on
-            closing = group.create_task(cron.close(config.server.ready_grace + config.server.drain))
+            closing = group.create_task(cron.close(settings.ready_grace + settings.drain))
             draining.add(closing)
         # Whoever sends requests here learns by its next look at readiness not to, and until then none is turned away.
-        await asyncio.sleep(config.server.ready_grace)
+        await asyncio.sleep(settings.ready_grace)
         server.should_exit = True
-        ending = group.create_task(kapsl.close(config.server.drain + _GOODBYE))
-        draining.add(ending)
+        draining.add(group.create_task(kapsl.close(settings.drain + _GOODBYE)))
         if grpc is not None:
-            draining.add(group.create_task(grpc.close(config.server.drain + _GOODBYE)))
-        await asyncio.wait(draining, timeout=config.server.drain)
+            draining.add(group.create_task(grpc.close(settings.drain + _GOODBYE)))
+        await asyncio.wait(draining, timeout=settings.drain)
         if cron is not None:  # its runs are cut short by now, and it is being written down that it was not their model
             await asyncio.wait({closing}, timeout=_LAST_WORD)
         sweeping.cancel()
         # Whoever still waits now hears that the server is closing, not that the connection is gone.
         await registry.close(0)
+
+
+def _application(
+    config: Config,
+    served: Served,
+    service: Service,
+    access: Access | None,
+    connections: Callable[[], Collection[Any]],
+) -> HttpApi:
+    """All routes, and who may ask for what."""
+    settings, (registry, models, cron, _) = config.server, served
+    max_body_bytes = settings.max_body_bytes
+    pages = Pages()
+    parts: list[Part] = [
+        OipApi(service, reload=models.reload, unload=models.unload),
+        GenerateApi(service, max_body_bytes=max_body_bytes),
+        OpenAiApi(service, max_body_bytes=max_body_bytes),
+        KapslApi(service, models, max_body_bytes=max_body_bytes),
+        pages,
+        Live(service, cron, pages=pages.digest),
+        DebugApi(service, cron, msgspec.to_builtins(config, enc_hook=str), connections),
+    ]
+    if cron is not None:
+        parts.append(CronApi(cron, registry, service.check_open, max_body_bytes=max_body_bytes))
+    return HttpApi(
+        service,
+        max_body_bytes=max_body_bytes,
+        metrics=Metrics(service, cron, connections=lambda: len(connections())),
+        parts=parts,
+        absent=NO_JOBS,
+        guard=_guard(settings, access),
+        access_log=settings.access_log,
+    )
+
+
+def _uvicorn_config(config: Config, api: HttpApi) -> uvicorn.Config:
+    settings = config.server
+    return uvicorn.Config(
+        api,
+        http=partial(Connection, api.inference, settings.max_connections),  # type: ignore[arg-type]  # it is called as a class would be
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=math.ceil(settings.drain) + _GOODBYE,
+        **tls_options(settings),
+    )
+
+
+def _listening(settings: ServerSettings, registry: ModelRegistry[Source], ports: Ports) -> Listening:
+    host, port = ports.http.getsockname()[:2]
+    scheme = "http" if settings.tls_cert is None else "https"
+    return Listening(
+        f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}",
+        tuple(dict.fromkeys(model.name for model in registry.list())),
+        tuple(map(endpoint_of, ports.kapsl)),
+        None if ports.grpc is None else ports.grpc.address,
+    )
 
 
 def _guard(settings: ServerSettings, access: Access | None) -> Guard:

@@ -996,6 +996,7 @@ async def test_a_run_that_is_cancelled_a_second_time_lets_go_of_its_sink() -> No
         await cron.unregister("job", cancel=True)
         await until_async(lambda: KEPT.closed)
         await asyncio.sleep(6)  # those calls have ended too
+    assert KEPT.closed == 1
 
 
 @with_threads

@@ -91,8 +91,10 @@ async def test_what_happens_is_told_as_it_happens() -> None:
 
 async def test_the_stream_ends_when_the_scheduler_is_closed() -> None:
     async with serving_jobs() as server, listening(server) as listener:
+        assert not listener.complete
         await server.cron.close()
         await until(lambda: listener.complete)
+        assert listener.sent[-1] == b""
 
 
 async def test_silence_is_broken_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +105,7 @@ async def test_silence_is_broken_by_comments(monkeypatch: pytest.MonkeyPatch) ->
             await listener.came.wait()
         await put(server)  # and it goes on
         await until(lambda: bool(listener.events()))
+        assert [kind for kind, _ in listener.events()] == ["registered"]
 
 
 async def test_listeners_are_bounded_and_those_that_go_make_room(monkeypatch: pytest.MonkeyPatch) -> None:

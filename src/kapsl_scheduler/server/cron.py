@@ -256,7 +256,7 @@ class CronApi:
 
     async def _events(self, request: Request) -> Response:
         _Query(request)
-        return self._streams.open()
+        return await self._streams.open()
 
     async def _statistics(self, request: Request) -> Response:
         _Query(request)

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from kapsl_scheduler.errors import Overloaded
 from kapsl_scheduler.runtime.cron_views import CronEvent
+from kapsl_scheduler.server.presence import SentEvents
 
-__all__ = ["EventStreams", "shown"]
+__all__ = ["EventStreams", "shown", "written"]
 
 MOST: Final = 100
 """Listeners at a time: each keeps a connection and up to a thousand events."""
@@ -32,6 +32,11 @@ def shown(event: CronEvent) -> dict[str, Any]:
     return values
 
 
+def written(kind: str, data: Any) -> bytes:
+    """A server-sent event."""
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(data))
+
+
 class EventStreams:
     """Opens streams of `events`, a bounded number at a time."""
 
@@ -39,65 +44,38 @@ class EventStreams:
         self._events = events
         self._open = 0
 
-    def open(self) -> Response:
+    async def open(self) -> Response:
         """A stream that goes on until the events end or the client goes. Raises `Overloaded` beyond the bound."""
         if self._open >= MOST:
             raise Overloaded(f"{MOST} clients listen to events, which is the limit")
-        return _Stream(self)
+        told = self._told()
+        return SentEvents(await anext(told), told)
 
-    async def run(self, receive: Receive, send: Send) -> None:
+    async def _told(self) -> AsyncGenerator[bytes, None]:
+        """What a client hears. It counts as a listener from the first word until it is closed."""
         self._open += 1
         events = self._events()
-        gone = asyncio.create_task(_disconnected(receive))
         following: asyncio.Task[CronEvent | None] | None = None
         try:
-            await _send(send, b": from now on\n\n")
+            yield b": from now on\n\n"
             while True:
                 if following is None:
-                    following = asyncio.create_task(_next(events))
-                waited: set[asyncio.Task[Any]] = {following, gone}
-                await asyncio.wait(waited, timeout=KEEP_ALIVE, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done():
-                    return
+                    following = asyncio.create_task(_next(events), name="event of jobs")
+                await asyncio.wait({following}, timeout=KEEP_ALIVE)
                 if not following.done():
-                    await _send(send, b": still here\n\n")
+                    yield b": still here\n\n"
                     continue
                 event, following = following.result(), None
                 if event is None:
-                    await _send(send, b"", more=False)
                     return
-                data = msgspec.json.encode(shown(event))
-                await _send(send, b"event: %b\ndata: %b\n\n" % (event.kind.encode(), data))
+                yield written(event.kind, shown(event))
         finally:
             self._open -= 1
-            gone.cancel()
             if following is not None:
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)  # the events cannot be closed before
             await events.aclose()
 
 
-class _Stream(Response):
-    media_type = "text/event-stream"
-
-    def __init__(self, streams: EventStreams) -> None:
-        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._streams = streams
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await self._streams.run(receive, send)
-
-
-async def _send(send: Send, body: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
 async def _next(events: AsyncGenerator[CronEvent, None]) -> CronEvent | None:
     return await anext(events, None)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Any, Final
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -20,7 +19,7 @@ from kapsl_scheduler.errors import Overloaded
 from kapsl_scheduler.runtime.cron_scheduler import CronScheduler
 from kapsl_scheduler.runtime.cron_views import CronEvent
 from kapsl_scheduler.server.dashboard.samples import PERIOD, Sampler
-from kapsl_scheduler.server.event_stream import shown
+from kapsl_scheduler.server.event_stream import shown, written
 from kapsl_scheduler.server.presence import SentEvents
 from kapsl_scheduler.server.service import Service
 
@@ -64,14 +63,14 @@ class Live:
         try:
             last = self._sampler.latest().number
             history = self._sampler.history()
-            yield _event("hello", {"version": self._service.version, "pages": self._pages, "history": history})
+            yield written("hello", {"version": self._service.version, "pages": self._pages, "history": history})
             while not self._service.draining:
                 await asyncio.sleep(PERIOD)
                 number, sample = self._sampler.latest()
                 if number != last:
                     last = number
                     happened, lost = collected.take()
-                    yield _event("second", {"sample": sample, "events": happened, "lost": lost})
+                    yield written("second", {"sample": sample, "events": happened, "lost": lost})
         finally:
             self._open -= 1
             if events is not None and following is not None:
@@ -97,7 +96,3 @@ class _Collected:
         self._events.clear()
         self._lost = 0
         return happened, lost
-
-
-def _event(kind: str, data: Any) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(data))

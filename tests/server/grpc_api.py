@@ -15,6 +15,7 @@ from kapsl_scheduler.server.access import Access
 from kapsl_scheduler.server.grpc_server import Certificates, GrpcServer
 from kapsl_scheduler.server.oip_proto import Message, message_class
 from kapsl_scheduler.server.service import Service
+from kapsl_scheduler.server.tracing import Tracing
 from tests.server.api import Function, Server, double, serving
 
 SERVICE = "inference.GRPCInferenceService"
@@ -110,10 +111,11 @@ async def grpc_serving(
     channel_options: Sequence[tuple[str, Any]] = (),
     reload: Callable[[str], Awaitable[Any]] | None = None,
     unload: Callable[[str], Awaitable[None]] | None = None,
+    tracing: Tracing | None = None,
     **policy: Any,
 ) -> AsyncIterator[Port]:
-    async with serving(function, **policy) as http:
-        service = Service(http.registry, version="1.2.3", max_in_flight=max_in_flight)
+    async with serving(function, tracing=tracing, **policy) as http:
+        service = Service(http.registry, version="1.2.3", max_in_flight=max_in_flight, tracing=tracing)
         server = GrpcServer(
             "127.0.0.1",
             0,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import Callable
+import json
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc.aio
 import msgspec
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -18,9 +21,13 @@ from prometheus_client.openmetrics import parser as openmetrics
 from kapsl_scheduler import CronJob, CronScheduler
 from kapsl_scheduler.server.tracing import Tracing
 from tests.server.api import Gate, Server, body_of, double, serving, until
+from tests.server.grpc_api import grpc_serving, request_of
+from tests.server.text import Stream, serving_text
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 ROUTE = "POST /v2/models/{model}/infer"
+RPC = "inference.GRPCInferenceService/ModelInfer"
+STREAM_RPC = "inference.GRPCInferenceService/ModelStreamInfer"
 
 
 class Spans:
@@ -308,3 +315,156 @@ async def test_a_run_that_fails_is_an_error_and_one_that_never_began_is_no_span(
     assert span.status.status_code is StatusCode.ERROR
     assert "no" in (span.status.description or "")
     assert len(spans.all) == 1
+
+
+# ------------------------------------------------------------------------------------------- other ways to ask
+
+
+async def test_a_call_over_grpc_is_the_same_tree_in_its_callers_trace() -> None:
+    spans = Spans(draw=never)
+    async with grpc_serving(tracing=spans.tracing) as port:
+        metadata = (("traceparent", f"00-{TRACE}-{PARENT}-01"), ("tracestate", "vendor=x"))
+        await port.infer(metadata=metadata, id="mine", parameters={"priority": {"int64_param": 2}})
+
+    root = spans.one(RPC)
+    assert root.parent is not None
+    assert (f"{root.context.trace_id:032x}", f"{root.parent.span_id:016x}") == (TRACE, PARENT)
+    assert root.context.trace_state.get("vendor") == "x"
+    assert dict(root.attributes or {}) == {
+        "rpc.system": "grpc",
+        "rpc.service": "inference.GRPCInferenceService",
+        "rpc.method": "ModelInfer",
+        "rpc.grpc.status_code": 0,
+        "kapsl.model": "m",
+        "kapsl.model.version": "3",
+        "kapsl.priority": "throughput",
+        "kapsl.rows": 1,
+    }
+    assert spans.below(root) == ["queue", "engine call"]
+    assert [link.context for link in spans.one("batch").links] == [root.context]
+
+
+async def test_the_ratio_decides_over_calls_of_grpc_too() -> None:
+    drawn = iter([0.6, 0.4])
+    spans = Spans(sample_ratio=0.5, draw=lambda: next(drawn))
+    async with grpc_serving(tracing=spans.tracing) as port:
+        await port.infer()
+        assert spans.all == []
+        await port.infer()
+
+    assert len(spans.named(RPC)) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "status"),
+    [({"model": "nope"}, "NOT_FOUND", StatusCode.UNSET), ({"data": (13, 13)}, "INTERNAL", StatusCode.ERROR)],
+)
+async def test_a_call_over_grpc_that_fails_says_how(asked: dict[str, Any], code: str, status: StatusCode) -> None:
+    async def broken(x: Any) -> Any:
+        raise ValueError("no")
+
+    spans = Spans()
+    async with grpc_serving(broken, tracing=spans.tracing) as port:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await port.infer(**asked)
+
+    root = spans.one(RPC)
+    attributes = dict(root.attributes or {})
+    assert caught.value.code().name == attributes["error.type"] == code
+    assert attributes["rpc.grpc.status_code"] == caught.value.code().value[0]
+    assert root.status.status_code is status
+    assert spans.tracing.active == {}
+
+
+async def counting(x: Any) -> AsyncIterator[Any]:
+    for number in range(int(x[0, 0])):
+        yield x * 0 + number
+
+
+async def test_each_request_of_a_grpc_stream_is_a_tree_whether_it_has_one_answer_or_several() -> None:
+    spans = Spans()
+    async with grpc_serving(tracing=spans.tracing) as port:
+        await port.registry.load("s", counting)
+        call = port.stream()
+        for model in ("m", "s", "nope"):
+            await call.write(request_of((2, 2), model=model))
+        await call.done_writing()
+        assert len([answer async for answer in call]) == 4
+
+    roots = {(span.attributes or {})["kapsl.model"]: span for span in spans.named(STREAM_RPC)}
+    below = {model: spans.below(root) for model, root in roots.items()}
+    assert below == {"m": ["queue", "engine call"], "s": ["queue", "engine call"], "nope": []}
+    assert (roots["nope"].attributes or {})["error.type"] == "NOT_FOUND"
+
+
+TEXTS: list[tuple[str, dict[str, Any]]] = [
+    ("/v2/models/{model}/generate", {"text_input": "a", "temperature": 1.0, "max_tokens": 2}),
+    ("/v2/models/{model}/generate_stream", {"text_input": "a", "temperature": 1.0, "max_tokens": 2}),
+    ("/v1/chat/completions", {"model": "words", "messages": [{"role": "user", "content": "a"}]}),
+    ("/v1/chat/completions", {"model": "words", "messages": [{"role": "user", "content": "a"}], "stream": True}),
+]
+
+
+@pytest.mark.parametrize(("route", "asked"), TEXTS)
+async def test_a_request_for_text_is_the_same_tree(route: str, asked: dict[str, Any]) -> None:
+    spans = Spans(draw=never)
+    async with serving_text(spans.tracing) as server:
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+        answer = await server.client.post(route.format(model="words"), json=asked, headers=headers)
+        assert answer.status_code == 200
+
+    root = spans.one(f"POST {route}")
+    assert f"{root.context.trace_id:032x}" == TRACE
+    attributes = dict(root.attributes or {})
+    assert (attributes["http.response.status_code"], attributes["kapsl.model"]) == (200, "words")
+    assert spans.below(root) == ["queue", "engine call"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "status"),
+    [
+        ("/v2/models/nope/generate", {}, 404),
+        ("/v2/models/words/generate", {"text_input": 5}, 400),
+        ("/v1/embeddings", {"model": "vectors", "input": "a"}, 200),
+        ("/v1/embeddings", {"model": "words", "input": "a"}, 400),
+    ],
+)
+async def test_a_request_for_text_tells_its_status(path: str, asked: dict[str, Any], status: int) -> None:
+    spans = Spans()
+    async with serving_text(spans.tracing) as server:
+        assert (await server.client.post(path, json=asked)).status_code == status
+
+    (root,) = [span for span in spans.all if span.kind is SpanKind.SERVER]
+    assert (root.attributes or {})["http.response.status_code"] == status
+    assert spans.below(root) == []
+
+
+async def test_a_stream_of_text_that_its_client_leaves_ends_its_trace_and_waited_only_for_its_first_piece() -> None:
+    spans = Spans()
+    async with serving_text(spans.tracing) as server:
+        server.words.gate = asyncio.Event()
+        path, asked = TEXTS[1]
+        stream = Stream(server.api, path.format(model="words"), json.dumps(asked).encode())
+        await stream.until(b"a0 ")
+        first = time.time_ns()
+        stream.gone.set()
+        await stream.task
+        server.words.gate.set()
+
+    root = spans.one(f"POST {path}")
+    assert (root.attributes or {})["http.response.status_code"] == 499
+    queue = spans.one("queue")
+    assert spans.below(root) == ["queue"]
+    assert queue.end_time is not None
+    assert root.end_time is not None
+    assert queue.end_time <= first < root.end_time
+    assert spans.tracing.active == {}
+
+
+async def test_a_request_for_text_that_finds_no_room_ends_its_trace() -> None:
+    spans = Spans()
+    async with serving_text(spans.tracing) as server:
+        server.service.max_in_flight = 0
+        assert (await server.client.post("/v2/models/words/generate", json={})).status_code == 429
+
+    assert (spans.all[0].attributes or {})["http.response.status_code"] == 429

@@ -19,6 +19,7 @@ from kapsl_scheduler.server.generate import GenerateApi
 from kapsl_scheduler.server.http import HttpApi
 from kapsl_scheduler.server.openai import OpenAiApi
 from kapsl_scheduler.server.service import Service
+from kapsl_scheduler.server.tracing import Tracing
 
 TEXT = ("string", (1,))
 
@@ -68,7 +69,7 @@ class TextServer:
 
 
 @asynccontextmanager
-async def serving_text() -> AsyncIterator[TextServer]:
+async def serving_text(tracing: Tracing | None = None) -> AsyncIterator[TextServer]:
     words = Words()
     engines = {
         "words": CallableEngine(
@@ -93,12 +94,13 @@ async def serving_text() -> AsyncIterator[TextServer]:
 
     async def start(engine: CallableEngine) -> Scheduler:
         queue = QueuePolicy(overflow=QueueOverflowPolicy.DROP_NEWEST)
-        return await Scheduler([engine], queue=queue).__aenter__()
+        observer = None if tracing is None else tracing.observer("words")
+        return await Scheduler([engine], queue=queue, observer=observer).__aenter__()
 
     async with ModelRegistry(start) as registry:
         for name, engine in engines.items():
             await registry.load(name, engine)
-        service = Service(registry, version="1.2.3", max_in_flight=4)
+        service = Service(registry, version="1.2.3", max_in_flight=4, tracing=tracing)
         parts = [GenerateApi(service, max_body_bytes=100_000), OpenAiApi(service, max_body_bytes=100_000)]
         server = TextServer(HttpApi(service, parts=parts), service, words)
         async with server.client:

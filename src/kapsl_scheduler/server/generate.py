@@ -6,8 +6,9 @@ routes are for (`server.texts`).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -19,20 +20,15 @@ from kapsl_scheduler.errors import EngineError, InvalidInput
 from kapsl_scheduler.runtime.registry import ServedModel
 from kapsl_scheduler.server.answers import error_answer, json_response
 from kapsl_scheduler.server.bodies import read_body
-from kapsl_scheduler.server.oip import priority_from_oip
+from kapsl_scheduler.server.oip import InferCall, set_parameters
 from kapsl_scheduler.server.presence import sent_events, while_connected
 from kapsl_scheduler.server.service import Flight, Service
-from kapsl_scheduler.server.texts import (
-    TEXT_OUTPUT,
-    check_text_model,
-    pieces,
-    text_inputs,
-    texts_of,
-)
-from kapsl_scheduler.types import Array, Priority
+from kapsl_scheduler.server.texts import TEXT_OUTPUT, check_text_model, text_inputs, texts_of
+from kapsl_scheduler.types import Array, InferenceRequest, InferenceResponse
 
 __all__ = ["GenerateApi"]
 
+_MODEL: Final = "/v2/models/{model}"
 _OURS: Final = ("id", "parameters", "priority", "timeout")
 """Keys that are no inputs."""
 
@@ -46,7 +42,7 @@ class GenerateApi:
 
     def routes(self) -> list[BaseRoute]:
         routes: list[BaseRoute] = []
-        for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        for model in (_MODEL, _MODEL + "/versions/{version}"):
             routes += [
                 Route(model + "/generate", self._generate, methods=["POST"]),
                 Route(model + "/generate_stream", self._generate_stream, methods=["POST"]),
@@ -54,16 +50,21 @@ class GenerateApi:
         return routes
 
     async def _generate(self, request: Request) -> Response:
-        with Flight(self._service, *_named(request)):
-            call = await self._read(request)
-            return json_response(await while_connected(request.receive, _whole(call)))
+        with self._flight(request, "generate") as flight:
+            asked = await self._read(request, flight)
+            return json_response(await while_connected(request.receive, _whole(asked)))
 
     async def _generate_stream(self, request: Request) -> Response:
-        with Flight(self._service, *_named(request)) as flight:
-            events = _events(await self._read(request))
+        with self._flight(request, "generate_stream") as flight:
+            events = _events(await self._read(request, flight))
             return await sent_events(request.receive, flight, events, _failed)
 
-    async def _read(self, request: Request) -> _Call:
+    def _flight(self, request: Request, route: str) -> Flight:
+        name, version = _named(request)
+        trace = self._service.begin_trace(f"{_MODEL}/{route}", name, request.scope["headers"])
+        return Flight(self._service, name, version, trace=trace)
+
+    async def _read(self, request: Request, flight: Flight) -> _Asked:
         """Raises `InvalidInput`, `ResourceExhausted`, `ModelNotLoaded`."""
         body = await read_body(request.scope, request.receive, self._max_body_bytes)
         model = self._service.registry.get(*_named(request))
@@ -77,28 +78,19 @@ class GenerateApi:
             raise InvalidInput(f"parameters: expected an object, got {type(options).__name__}")
         given = {**options, **keys}
         values = {name: value for name, value in given.items() if name not in _OURS}
-        return _Call(
-            model,
-            text_inputs(model, values, {}),
-            priority_from_oip(_unsigned(given, "priority")),
-            _unsigned(given, "timeout") / 1e6 or None,
-            keys.get("id"),
-        )
+        call = InferCall(InferenceRequest(text_inputs(model, values, {})))
+        set_parameters(call, _unsigned(given, "priority"), _unsigned(given, "timeout"), 0)
+        return _Asked(model, partial(self._service.stream, model, call, flight.trace), keys.get("id"))
 
 
 def _named(request: Request) -> tuple[str, str]:
     return request.path_params["model"], request.path_params.get("version", "")
 
 
-class _Call(NamedTuple):
+class _Asked(NamedTuple):
     model: ServedModel
-    inputs: Mapping[str, Array]
-    priority: Priority | None
-    timeout: float | None
+    chunks: Callable[[], AsyncGenerator[InferenceResponse, None]]
     id: Any
-
-    def chunks(self) -> AsyncGenerator[Mapping[str, Array], None]:
-        return pieces(self.model, self.inputs, priority=self.priority, timeout=self.timeout)
 
     def shown(self, outputs: Mapping[str, Array]) -> dict[str, Any]:
         """Outputs as the extension has them: one value bare, several as a list."""
@@ -110,13 +102,14 @@ class _Call(NamedTuple):
         return shown
 
 
-async def _whole(call: _Call) -> dict[str, Any]:
+async def _whole(asked: _Asked) -> dict[str, Any]:
     """All chunks as one: texts one behind the other, of other outputs the last."""
     texts: list[str] = []
     shown: dict[str, Any] = {}
-    async with aclosing(call.chunks()) as chunks:
-        async for outputs in chunks:
-            shown = call.shown(outputs)
+    async with aclosing(asked.chunks()) as chunks:
+        async for chunk in chunks:
+            outputs = chunk.outputs
+            shown = asked.shown(outputs)
             if TEXT_OUTPUT in outputs:
                 texts += texts_of(outputs[TEXT_OUTPUT])
     if texts:
@@ -124,10 +117,10 @@ async def _whole(call: _Call) -> dict[str, Any]:
     return shown
 
 
-async def _events(call: _Call) -> AsyncGenerator[bytes, None]:
-    async with aclosing(call.chunks()) as chunks:
-        async for outputs in chunks:
-            yield b"data: %b\n\n" % msgspec.json.encode(call.shown(outputs))
+async def _events(asked: _Asked) -> AsyncGenerator[bytes, None]:
+    async with aclosing(asked.chunks()) as chunks:
+        async for chunk in chunks:
+            yield b"data: %b\n\n" % msgspec.json.encode(asked.shown(chunk.outputs))
 
 
 def _failed(error: EngineError) -> bytes:

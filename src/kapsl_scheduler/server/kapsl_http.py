@@ -209,8 +209,7 @@ class KapslApi:
         try:
             id = _id(request)
             model = model_of(service, self._ids, id)  # before much is read for nobody
-            if service.tracing is not None:
-                trace = service.tracing.begin("POST", _INFER_ROUTE, model.name, dict(request.scope["headers"]))
+            trace = service.begin_trace(_INFER_ROUTE, model.name, request.scope["headers"])
             body = await read_body(request.scope, request.receive, self._max_body_bytes)
             asked = await beside_the_loop(len(body) > LONG_BODY, _decoded, body)
             model = model_of(service, self._ids, id, asked.metadata.model_version)

@@ -11,14 +11,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter_ns
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import grpc
 
 from kapsl_scheduler.errors import Cancelled, DeadlineExceeded, EngineError, ModelNotLoaded
 from kapsl_scheduler.runtime.registry import ServedModel
 from kapsl_scheduler.server.access import Caller
-from kapsl_scheduler.server.answers import status_of
+from kapsl_scheduler.server.answers import grpc_status_of, status_of
 from kapsl_scheduler.server.bodies import LONG_BODY
 from kapsl_scheduler.server.grpc_answers import Context
 from kapsl_scheduler.server.grpc_door import Asking, Unary
@@ -36,7 +36,21 @@ from kapsl_scheduler.server.oip_models import (
 from kapsl_scheduler.server.oip_proto import Message, decode_call, encode_response, message_class, parameters_of, parsed
 from kapsl_scheduler.server.service import Service
 
-__all__ = ["SERVICE", "Asked", "OipGrpc", "bounded_by", "come_in", "failed", "leave", "read_request", "why_cancelled"]
+if TYPE_CHECKING:
+    from kapsl_scheduler.server.tracing import RequestTrace
+
+__all__ = [
+    "SERVICE",
+    "Asked",
+    "OipGrpc",
+    "begin_trace",
+    "bounded_by",
+    "come_in",
+    "ended",
+    "leave",
+    "read_request",
+    "why_cancelled",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +103,26 @@ def bounded_by(call: InferCall, remaining: float | None) -> None:
         call.timeout = remaining if call.timeout is None else min(call.timeout, remaining)
 
 
-def failed(service: Service, request: Message, begun: int, error: BaseException) -> None:
-    """Counts a request that ended in an error, and logs what its model has done wrong."""
-    service.figures(request.model_name, request.model_version).failed(begun, error)
-    if isinstance(error, EngineError) and status_of(error) == 500:
-        logger.error("inference on %r failed: %s: %s", request.model_name, error.code, error)
+def begin_trace(service: Service, method: str, request: Message, context: Context) -> RequestTrace | None:
+    """That of an inference request, if it is to have one."""
+    tracing = service.tracing
+    if tracing is None:
+        return None
+    return tracing.begin_rpc(SERVICE, method, request.model_name, context.invocation_metadata())
+
+
+def ended(
+    service: Service, request: Message, begun: int, error: BaseException | None, trace: RequestTrace | None
+) -> None:
+    """Ends the trace of a request. Counts one that ended in an error, and logs what its model has done wrong."""
+    if error is not None:
+        service.figures(request.model_name, request.model_version).failed(begun, error)
+        if isinstance(error, EngineError) and status_of(error) == 500:
+            logger.error("inference on %r failed: %s: %s", request.model_name, error.code, error)
+    if trace is not None:
+        name = "OK" if error is None else grpc_status_of(error)
+        number, _ = grpc.StatusCode[name].value
+        trace.end_rpc(200 if error is None else status_of(error), name, number)
 
 
 class OipGrpc:
@@ -146,24 +175,28 @@ class OipGrpc:
         long = len(body) > LONG_BODY
         request = await asyncio.to_thread(parsed, _Request, body) if long else parsed(_Request, body)
         asking.model = request.model_name
+        trace = begin_trace(service, "ModelInfer", request, context)
+        failure: BaseException | None = None
         try:
             come_in(service, caller)
             try:
                 model, call, _ = await read_request(service, request, len(body))
                 bounded_by(call, context.time_remaining())
                 read = perf_counter_ns()
-                response = await service.infer(model, call)
+                response = await service.infer(model, call, trace)
                 done = perf_counter_ns()
                 answer = encode_response(model.info, request.model_name, response.outputs, call)
                 data: bytes = answer.SerializeToString()
             finally:
                 leave(service, caller)
         except asyncio.CancelledError:
-            failed(service, request, begun, why_cancelled(context))
+            failure = why_cancelled(context)
             raise
         except Exception as error:
-            failed(service, request, begun, error)
+            failure = error
             raise
+        finally:
+            ended(service, request, begun, failure, trace)
         service.figures_of(model).succeeded(begun, read, done, response)
         return data
 

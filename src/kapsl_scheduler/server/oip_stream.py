@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from time import perf_counter_ns
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import grpc.aio
 
@@ -23,11 +23,13 @@ from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop
 from kapsl_scheduler.server.grpc_answers import Context, shown
 from kapsl_scheduler.server.grpc_door import Asking, Stream
 from kapsl_scheduler.server.journal import ACCESS, log_request
-from kapsl_scheduler.server.oip import check_outputs
-from kapsl_scheduler.server.oip_grpc import SERVICE, Asked, bounded_by, come_in, failed, leave, read_request
+from kapsl_scheduler.server.oip_grpc import SERVICE, Asked, begin_trace, bounded_by, come_in, ended, leave, read_request
 from kapsl_scheduler.server.oip_proto import Message, encode_response, message_class, parsed
 from kapsl_scheduler.server.service import Service
 from kapsl_scheduler.types import InferenceResponse
+
+if TYPE_CHECKING:
+    from kapsl_scheduler.server.tracing import RequestTrace
 
 __all__ = ["InferStreams"]
 
@@ -116,53 +118,58 @@ class _Stream:
 
     async def _answer(self, body: bytes, turn: _Turn) -> None:
         begun = perf_counter_ns()
-        request, status = _Request(), 499
+        request = _Request()
+        trace: RequestTrace | None = None
+        failure: BaseException | None = None
         try:
             request = await beside_the_loop(len(body) > LONG_BODY, parsed, _Request, body)
+            trace = begin_trace(self._service, "ModelStreamInfer", request, self._context)
             come_in(self._service, self._asking.caller)
             try:
                 asked = await read_request(self._service, request, len(body))
                 bounded_by(asked.call, self._context.time_remaining())
-                await (self._several if asked.model.info.streams else self._single)(request, asked, begun, turn)
+                answer = self._several if asked.model.info.streams else self._single
+                await answer(request, asked, begun, turn, trace)
             finally:
                 leave(self._service, self._asking.caller)
-            status = 200
         except (asyncio.CancelledError, grpc.aio.BaseError) as error:
-            failed(self._service, request, begun, Cancelled("the client went away before its stream ended"))
+            failure = Cancelled("the client went away before its stream ended")
             if isinstance(error, asyncio.CancelledError):
                 raise
         except Exception as error:
-            status = status_of(error)
-            failed(self._service, request, begun, error)
+            failure = error
             if not isinstance(error, EngineError | CronError):
                 logger.error("inference on %r failed unexpectedly", request.model_name, exc_info=error)
             await turn.come()
             await self._refuse(request, error)
         finally:
             turn.end()
+            ended(self._service, request, begun, failure, trace)
             if self._access_log:
+                status = 200 if failure is None else status_of(failure)
                 path = f"/{SERVICE}/ModelStreamInfer/{request.model_name}"
                 log_request(ACCESS, self._asking.who, "GRPC", path, status, begun / 1e9)
 
-    async def _single(self, request: Message, asked: Asked, begun: int, turn: _Turn) -> None:
+    async def _single(
+        self, request: Message, asked: Asked, begun: int, turn: _Turn, trace: RequestTrace | None
+    ) -> None:
         model, call, _ = asked
         read = perf_counter_ns()
-        response = await self._service.infer(model, call)
+        response = await self._service.infer(model, call, trace)
         done = perf_counter_ns()
         answer = self._encoded(asked, request, response, final=True)
         await turn.come()
         await self._write(answer)
         self._service.figures_of(model).succeeded(begun, read, done, response)
 
-    async def _several(self, request: Message, asked: Asked, begun: int, turn: _Turn) -> None:
+    async def _several(
+        self, request: Message, asked: Asked, begun: int, turn: _Turn, trace: RequestTrace | None
+    ) -> None:
         """The answers as they come; nobody knows which is the last until there is no other. So it is an empty answer
         that says so, if the client has asked for one."""
         model, call, parameters = asked
         turn.end()
-        if call.outputs and model.info.outputs:
-            check_outputs(call.outputs, (spec.name for spec in model.info.outputs))
-        answers: Any = model.scheduler.infer_stream(call.request, priority=call.priority, timeout=call.timeout)
-        async with aclosing(answers) as chunks:
+        async with aclosing(self._service.stream(model, call, trace)) as chunks:
             async for chunk in chunks:
                 await self._write(self._encoded(asked, request, chunk, final=False))
         if parameters.get(_WITH_EMPTY) is True:

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
@@ -24,6 +25,7 @@ from kapsl_scheduler.errors import CronError, EngineError, InferenceError, Inval
 from kapsl_scheduler.runtime.registry import ServedModel
 from kapsl_scheduler.server.answers import Answer, error_answer, json_response, response_of, status_of
 from kapsl_scheduler.server.bodies import read_body
+from kapsl_scheduler.server.oip import InferCall
 from kapsl_scheduler.server.presence import sent_events, while_connected
 from kapsl_scheduler.server.service import Flight, Service
 from kapsl_scheduler.server.texts import (
@@ -31,15 +33,17 @@ from kapsl_scheduler.server.texts import (
     TEXT_OUTPUT,
     StopWords,
     check_text_model,
-    pieces,
     text_inputs,
     texts_of,
 )
-from kapsl_scheduler.types import Array, InferenceResponse
+from kapsl_scheduler.types import Array, InferenceRequest, InferenceResponse
 
 __all__ = ["OpenAiApi"]
 
 Asked = TypeVar("Asked", bound=msgspec.Struct)
+
+_CHAT: Final = "/v1/chat/completions"
+_EMBEDDINGS: Final = "/v1/embeddings"
 
 MOST_TEXTS: Final = 2048
 """Texts of one request for embeddings, as with OpenAI."""
@@ -107,8 +111,8 @@ class OpenAiApi:
         return [
             Route("/v1/models", _guarded(self._models)),
             Route("/v1/models/{model}", _guarded(self._model)),
-            Route("/v1/chat/completions", _guarded(self._chat), methods=["POST"]),
-            Route("/v1/embeddings", _guarded(self._embeddings), methods=["POST"]),
+            Route(_CHAT, _guarded(self._chat), methods=["POST"]),
+            Route(_EMBEDDINGS, _guarded(self._embeddings), methods=["POST"]),
         ]
 
     # --------------------------------------------------------------------------------------------- models
@@ -133,8 +137,8 @@ class OpenAiApi:
 
     async def _chat(self, request: Request) -> Response:
         asked = await self._read(request, _Chat)
-        with Flight(self._service, asked.model) as flight:
-            answer = _ChatAnswer(self._service.registry.get(asked.model), asked)
+        with self._flight(request, _CHAT, asked.model) as flight:
+            answer = _ChatAnswer(self._service, flight, asked)
             if asked.stream:
                 return await sent_events(request.receive, flight, answer.events(), _failed)
             return json_response(await while_connected(request.receive, answer.whole()))
@@ -146,7 +150,7 @@ class OpenAiApi:
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         if not 0 < len(texts) <= MOST_TEXTS:
             raise InvalidInput(f"input: expected 1 to {MOST_TEXTS} texts, got {len(texts)}")
-        with Flight(self._service, asked.model):
+        with self._flight(request, _EMBEDDINGS, asked.model):
             model = self._service.registry.get(asked.model)
             output = _embedding_output(model)
             inputs = [text_inputs(model, {model.info.inputs[0].name: text}, {}) for text in texts]
@@ -159,6 +163,9 @@ class OpenAiApi:
             ]
             return json_response({"object": "list", "model": asked.model, "data": data, "usage": None})
 
+    def _flight(self, request: Request, route: str, model: str) -> Flight:
+        return Flight(self._service, model, trace=self._service.begin_trace(route, model, request.scope["headers"]))
+
     async def _read(self, request: Request, kind: type[Asked]) -> Asked:
         body = await read_body(request.scope, request.receive, self._max_body_bytes)
         try:
@@ -170,7 +177,8 @@ class OpenAiApi:
 class _ChatAnswer:
     """One chat and its answer. Raises `InvalidInput` for what cannot be had."""
 
-    def __init__(self, model: ServedModel, asked: _Chat) -> None:
+    def __init__(self, service: Service, flight: Flight, asked: _Chat) -> None:
+        model = service.registry.get(asked.model)
         check_text_model(model)
         if asked.n not in (None, 1):
             raise InvalidInput(f"n: expected 1, got {asked.n}")
@@ -181,15 +189,17 @@ class _ChatAnswer:
         words = asked.stop or []
         self._stop = [words] if isinstance(words, str) else words
         self._model = model
-        self._inputs = text_inputs(model, {TEXT_INPUT: _prompt(asked.messages), **_options(asked)}, _DEFAULTS)
+        inputs = text_inputs(model, {TEXT_INPUT: _prompt(asked.messages), **_options(asked)}, _DEFAULTS)
+        self._chunks = partial(service.stream, model, InferCall(InferenceRequest(inputs)), flight.trace)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         self._usage = asked.stream_options is not None and asked.stream_options.include_usage
 
     async def _texts(self) -> AsyncGenerator[str, None]:
         """The answer piece by piece, up to a stop word."""
         stop = StopWords(self._stop)
-        async with aclosing(pieces(self._model, self._inputs)) as chunks:
-            async for outputs in chunks:
+        async with aclosing(self._chunks()) as chunks:
+            async for chunk in chunks:
+                outputs = chunk.outputs
                 if TEXT_OUTPUT not in outputs:
                     raise InferenceError(f"the model {self._model.name!r} gave no {TEXT_OUTPUT!r}")
                 if text := stop.take("".join(texts_of(outputs[TEXT_OUTPUT]))):

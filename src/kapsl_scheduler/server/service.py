@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import AsyncGenerator, Iterable
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from kapsl_scheduler.errors import ModelNotLoaded, Overloaded, Unavailable
 from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
@@ -72,10 +73,11 @@ class Figures:
 
 
 class Flight:
-    """One request from its coming to its end, counted for the model of that name. Entering it raises `Overloaded`.
-    It ends when the `with` is left, or, once it is `kept`, when `end` is called."""
+    """One request from its coming to its end, counted for the model of that name, and its `trace` if it has one.
+    Entering it raises `Overloaded`. It ends when the `with` is left, or, once it is `kept`, when `end` is called."""
 
-    def __init__(self, service: Service, name: str, version: str = "") -> None:
+    def __init__(self, service: Service, name: str, version: str = "", *, trace: RequestTrace | None = None) -> None:
+        self.trace = trace
         self._service = service
         self._name = name
         self._version = version
@@ -83,7 +85,11 @@ class Flight:
         self.kept = False
 
     def __enter__(self) -> Self:
-        self._service.enter()
+        try:
+            self._service.enter()
+        except Overloaded as error:
+            self._end_trace(error)
+            raise
         self._begun = time.perf_counter_ns()
         return self
 
@@ -104,7 +110,12 @@ class Flight:
             figures.ended(self._begun)
         else:
             figures.failed(self._begun, error)
+        self._end_trace(error)
         self._service.leave()
+
+    def _end_trace(self, error: BaseException | None) -> None:
+        if self.trace is not None:
+            self.trace.end(200 if error is None else status_of(error))
 
 
 class Service:
@@ -162,9 +173,8 @@ class Service:
     async def infer(self, model: ServedModel, call: InferCall, trace: RequestTrace | None = None) -> InferenceResponse:
         """The model's answer, told to the `trace` that was begun for the request. Raises what the scheduler raises, and
         `InvalidInput` for an output that there is none of. Cancelling it takes the request back."""
+        _check_outputs(model, call)
         info, request = model.info, call.request
-        if call.outputs and info.outputs:
-            check_outputs(call.outputs, (spec.name for spec in info.outputs))
         if trace is not None:
             return await trace.through(model, call)
         asked: Any = request
@@ -174,6 +184,20 @@ class Service:
                 asked = array
         return await model.scheduler.infer(asked, priority=call.priority, timeout=call.timeout)
 
+    def stream(
+        self, model: ServedModel, call: InferCall, trace: RequestTrace | None = None
+    ) -> AsyncGenerator[InferenceResponse, None]:
+        """The same in chunks, from a model that streams. Closing it takes the request back."""
+        _check_outputs(model, call)
+        if trace is not None:
+            return trace.stream(model, call)
+        chunks: Any = model.scheduler.infer_stream(call.request, priority=call.priority, timeout=call.timeout)
+        return cast("AsyncGenerator[InferenceResponse, None]", chunks)
+
+    def begin_trace(self, route: str, name: str, headers: Iterable[tuple[bytes, bytes]]) -> RequestTrace | None:
+        """That of a request for a model by a `POST` of that route, if it is to have one. It is to be ended."""
+        return None if self.tracing is None else self.tracing.begin("POST", route, name, dict(headers))
+
     def ready(self) -> bool:
         """Whether every model can answer, and the server is not closing."""
         return not self.draining and self.registry.ready()
@@ -182,3 +206,8 @@ class Service:
         """Raises `Unavailable` while the server is closing."""
         if self.draining:
             raise Unavailable("the server is closing")
+
+
+def _check_outputs(model: ServedModel, call: InferCall) -> None:
+    if call.outputs and model.info.outputs:
+        check_outputs(call.outputs, (spec.name for spec in model.info.outputs))

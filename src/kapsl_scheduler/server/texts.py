@@ -8,17 +8,16 @@ which clients ask (`server.generate`, `server.openai`).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 
 from kapsl_scheduler.errors import InferenceError, InvalidInput
 from kapsl_scheduler.runtime.registry import ServedModel
-from kapsl_scheduler.types import Array, Priority, TensorSpec, numpy_dtype
+from kapsl_scheduler.types import Array, TensorSpec, numpy_dtype
 
-__all__ = ["TEXT_INPUT", "TEXT_OUTPUT", "StopWords", "check_text_model", "pieces", "text_inputs", "texts_of"]
+__all__ = ["TEXT_INPUT", "TEXT_OUTPUT", "StopWords", "check_text_model", "text_inputs", "texts_of"]
 
 TEXT_INPUT: Final = "text_input"
 TEXT_OUTPUT: Final = "text_output"
@@ -78,17 +77,6 @@ def texts_of(array: Array) -> list[str]:
         return [item.decode() if isinstance(item, bytes) else str(item) for item in array.ravel().tolist()]
     except UnicodeDecodeError as error:
         raise InferenceError(f"{TEXT_OUTPUT}: the model's text is not UTF-8: {error}") from error
-
-
-async def pieces(
-    model: ServedModel, inputs: Mapping[str, Array], *, priority: Priority | None = None, timeout: float | None = None
-) -> AsyncGenerator[Mapping[str, Array], None]:
-    """The model's outputs, one chunk after another as its engine streams them. Raises what its scheduler raises;
-    closing this takes the request back."""
-    stream: Any = model.scheduler.infer_stream(dict(inputs), priority=priority, timeout=timeout)
-    async with aclosing(stream):
-        async for chunk in stream:
-            yield chunk.outputs
 
 
 class StopWords:

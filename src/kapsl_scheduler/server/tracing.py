@@ -13,7 +13,8 @@ from __future__ import annotations
 import random
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -62,6 +63,11 @@ class _Call(NamedTuple):
     batch: SpanContext
 
 
+_CONTEXT: Final = {"traceparent": b"traceparent", "tracestate": b"tracestate"}
+"""What carries a caller's trace, by W3C's names."""
+_NO_METADATA: Final = RequestMetadata()
+
+
 class Tracing:
     """Makes spans and hands them to `processor`, which `close` shuts down. Belongs to the event loop's thread.
 
@@ -102,24 +108,30 @@ class Tracing:
         return _Calls(self, model)
 
     def begin(self, method: str, route: str, model: str, headers: Mapping[bytes, bytes]) -> RequestTrace | None:
-        """A request has come. None if it is not sampled; else the trace is to be ended. `headers` are in lower case."""
+        """A request has come over HTTP, whose `headers` are in lower case. None if it is not sampled; else the trace is
+        to be ended."""
+        carrier = {name: headers[key].decode("latin-1") for name, key in _CONTEXT.items() if key in headers}
+        return self._begin(f"{method} {route}", {"http.request.method": method, "http.route": route}, model, carrier)
+
+    def begin_rpc(
+        self, service: str, method: str, model: str, metadata: Iterable[tuple[str, Any]]
+    ) -> RequestTrace | None:
+        """The same over gRPC."""
+        carrier = {key: value for key, value in metadata if key in _CONTEXT}
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
+        return self._begin(f"{service}/{method}", attributes, model, carrier)
+
+    def _begin(
+        self, name: str, attributes: Mapping[str, str], model: str, carrier: Mapping[str, str]
+    ) -> RequestTrace | None:
         context = Context()
-        traceparent = headers.get(b"traceparent")
-        if traceparent is not None:
-            carrier = {"traceparent": traceparent.decode("latin-1")}
-            if b"tracestate" in headers:
-                carrier["tracestate"] = headers[b"tracestate"].decode("latin-1")
+        if carrier:
             context = self._propagator.extract(carrier, context)
         caller = get_current_span(context).get_span_context()
         sampled = caller.trace_flags.sampled if caller.is_valid else self._draw() < self._ratio
         if not sampled:
             return None
-        span = self.tracer.start_span(
-            f"{method} {route}",
-            context,
-            SpanKind.SERVER,
-            {"http.request.method": method, "http.route": route, "kapsl.model": model},
-        )
+        span = self.tracer.start_span(name, context, SpanKind.SERVER, {**attributes, "kapsl.model": model})
         return RequestTrace(self, span, model)
 
     def remember(self, model: str, version: str, priority: str, seconds: float, trace: int) -> None:
@@ -156,13 +168,26 @@ class Tracing:
 class RequestTrace:
     """One sampled request, from `Tracing.begin` to `end`."""
 
-    __slots__ = ("_offset", "_priority", "_span", "_tracing", "arrived", "calls", "context", "key", "model", "version")
+    __slots__ = (
+        "_left",
+        "_offset",
+        "_priority",
+        "_span",
+        "_tracing",
+        "arrived",
+        "calls",
+        "context",
+        "key",
+        "model",
+        "version",
+    )
 
     def __init__(self, tracing: Tracing, span: Span, model: str) -> None:
         self._tracing = tracing
         self._span = span
         self._offset = time.time_ns() - time.monotonic_ns()
         self._priority: str | None = None
+        self._left: float | None = None  # the queue, as far as that is known
         self.model = model
         self.version = ""
         self.context = span.get_span_context()
@@ -172,23 +197,38 @@ class RequestTrace:
 
     async def through(self, model: ServedModel, call: InferCall) -> InferenceResponse:
         """Asks the model, and makes the spans of the queue and of the engine calls. Raises what the scheduler does."""
-        request = call.request
-        metadata = request.metadata or RequestMetadata()
-        # The scheduler names its members to the observer by their ids.
-        traced = InferenceRequest(
-            request.inputs,
-            session_id=request.session_id,
-            metadata=msgspec.structs.replace(metadata, request_id=self.key),
+        with self._watched(model, call) as request:
+            response = await model.scheduler.infer(request, priority=call.priority, timeout=call.timeout)
+        metadata = call.request.metadata or _NO_METADATA
+        return InferenceResponse.of(
+            response.outputs, response.queue_time, response.compute_time, response.batch_rows, metadata.request_id
         )
+
+    async def stream(self, model: ServedModel, call: InferCall) -> AsyncGenerator[InferenceResponse, None]:
+        """The same with a model that answers in chunks, whose requests are named by the trace."""
+        with self._watched(model, call) as request:
+            chunks: Any = model.scheduler.infer_stream(request, priority=call.priority, timeout=call.timeout)
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    if self._left is None:  # which is all that is known if it is closed before its call is over
+                        self._left = self.arrived + chunk.queue_time
+                    yield chunk
+
+    @contextmanager
+    def _watched(self, model: ServedModel, call: InferCall) -> Iterator[InferenceRequest]:
+        """The request as it is to be sent so that it is known in the engine calls, until this is left."""
+        request, timeout = call.request, call.timeout
+        # The scheduler names its members to the observer by their ids.
+        metadata = msgspec.structs.replace(request.metadata or _NO_METADATA, request_id=self.key)
         self.version = model.info.version
         attributes: dict[str, Any] = {"kapsl.model.version": self.version}
-        if call.timeout is not None:
-            attributes["kapsl.timeout"] = call.timeout
+        if timeout is not None:
+            attributes["kapsl.timeout"] = timeout
         self._span.set_attributes(attributes)
         self.arrived = time.monotonic()
         self._tracing.active[self.key] = self
         try:
-            response = await model.scheduler.infer(traced, priority=call.priority, timeout=call.timeout)
+            yield InferenceRequest(request.inputs, session_id=request.session_id, metadata=metadata)
         except InvalidInput:
             raise  # it was never queued
         except BaseException:
@@ -201,12 +241,11 @@ class RequestTrace:
             last = self.calls[-1]
             seconds = last.started - self.arrived + last.elapsed
             self._tracing.remember(self.model, self.version, self._priority, seconds, self.context.trace_id)
-        return InferenceResponse.of(
-            response.outputs, response.queue_time, response.compute_time, response.batch_rows, metadata.request_id
-        )
 
     def was_in(self, call: _Call, item: Pending) -> None:
         """The request was in an engine call, as `item`."""
+        if not self.calls:
+            self._left = call.started
         self.calls.append(call)
         self.arrived = item.arrival
         self._priority = item.priority.name.lower()
@@ -215,8 +254,16 @@ class RequestTrace:
     def end(self, status: int) -> None:
         """It was answered with an HTTP status."""
         self._span.set_attribute("http.response.status_code", status)
+        self._end(status, str(status))
+
+    def end_rpc(self, status: int, name: str, code: int) -> None:
+        """It was answered with a status of gRPC, of this name and number. `status` is that of HTTP for the same."""
+        self._span.set_attribute("rpc.grpc.status_code", code)
+        self._end(status, name)
+
+    def _end(self, status: int, name: str) -> None:
         if status >= 400:
-            self._span.set_attribute("error.type", str(status))
+            self._span.set_attribute("error.type", name)
         if status >= 500:
             self._span.set_status(Status(StatusCode.ERROR))
         self._span.end()
@@ -228,7 +275,7 @@ class RequestTrace:
     def _tell_calls(self) -> None:
         inside = set_span_in_context(self._span, Context())
         tracer = self._tracing.tracer
-        left = self.calls[0].started if self.calls else time.monotonic()
+        left = time.monotonic() if self._left is None else self._left
         queue = tracer.start_span("queue", inside, start_time=self.at(self.arrived))
         queue.end(self.at(left))
         for call in self.calls:

@@ -408,6 +408,13 @@ async def test_a_call_whose_message_does_not_come_is_ended(path: str) -> None:
         assert await port.health() == "SERVING"
 
 
+async def test_each_call_whose_message_does_not_come_is_ended_whenever_it_began() -> None:
+    async with grpc_serving(patience=0.01) as port:
+        for _ in range(2):  # the timer is the calls' in common, and rests when there are none
+            calls = [silent(port, f"/{HEALTH}/Check"), silent(port, f"/{SERVICE}/ServerLive")]
+            assert {(await failure(call)).code() for call in calls} == {Code.DEADLINE_EXCEEDED}
+
+
 async def test_a_call_that_ends_without_its_message_is_told_so() -> None:
     async with grpc_serving() as port:
         call = silent(port, f"/{SERVICE}/ModelInfer")

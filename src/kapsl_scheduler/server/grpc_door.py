@@ -74,27 +74,50 @@ _HANDLERS: Final[Mapping[type[Any], Callable[..., grpc.RpcMethodHandler]]] = {
 
 
 class _Messages:
-    """Reads the one message of calls that have one, each within so many seconds. `awaited` is how many it waits for."""
+    """Reads the one message of calls that have one, each within so many seconds. All share a timer: one for each call
+    would cost about as much as the rest of this door."""
 
-    __slots__ = ("_patience", "awaited")
+    __slots__ = ("_patience", "_timer", "_until")
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
-        self.awaited = 0
+        self._until: dict[asyncio.Task[Any], float] = {}  # by the loop's clock, the earliest first
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def awaited(self) -> int:
+        """How many it waits for."""
+        return len(self._until)
 
     async def one(self, context: Context) -> bytes:
         """Raises `DeadlineExceeded` and `InvalidInput`."""
-        self.awaited += 1
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        until = self._until[task] = loop.time() + self._patience
+        if self._timer is None:
+            self._timer = loop.call_at(until, self._ring, loop)
         try:
-            async with asyncio.timeout(self._patience):
-                message = await context.read()
-        except TimeoutError:
+            message = await context.read()
+        except asyncio.CancelledError:
+            if task in self._until or task.uncancel():
+                raise
             raise DeadlineExceeded(f"the message of the call did not come within {self._patience:g} s") from None
         finally:
-            self.awaited -= 1
+            self._until.pop(task, None)
         if message is grpc.aio.EOF:
             raise InvalidInput("the call has no message, expected one")
         return message  # type: ignore[no-any-return]
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        while self._until:
+            task, until = next(iter(self._until.items()))
+            if until > now:
+                self._timer = loop.call_at(until, self._ring, loop)
+                return
+            del self._until[task]
+            task.cancel()
 
 
 class _Method:

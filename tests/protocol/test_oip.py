@@ -48,6 +48,15 @@ def array_of(described: dict[str, Any]) -> np.ndarray[Any, Any]:
     return np.array(described["data"], described["dtype"]).reshape(described["shape"])
 
 
+def as_text(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """BYTES come as bytes, and in JSON as text; a model may have either."""
+    if array.dtype.kind != "O":
+        return array
+    texts = np.empty(array.shape, object)
+    texts.ravel()[:] = [item.decode() if isinstance(item, bytes) else item for item in array.ravel().tolist()]
+    return texts
+
+
 def same(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and left.tolist() == right.tolist()
 

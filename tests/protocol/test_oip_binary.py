@@ -1,4 +1,5 @@
-"""Tensors as bytes behind the JSON: the binary extension of the Open Inference Protocol."""
+"""Tensors as bytes behind the JSON: the binary extension of the Open Inference Protocol. Golden bytes, then what is
+read and written, and hostile bodies by Hypothesis."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from kapsl_scheduler.errors import InvalidInput
 from kapsl_scheduler.server.oip import InferCall
 from kapsl_scheduler.server.oip_json import decode_reply, decode_request, encode_reply
 from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority, TensorSpec, numpy_dtype
+from tests.protocol.test_oip import array_of, as_text, golden, same
 
 MODEL = ModelInfo("m", version="3", inputs=(TensorSpec("x", "float32", (None, 2)),))
 
@@ -40,6 +42,42 @@ def said(body: bytes, header_length: int) -> Any:
         return str(error)
     asked = (call.id, call.priority, call.timeout, call.outputs, call.binary, call.request.session_id)
     return asked, repr(arrays(call))  # where NaN is NaN
+
+
+# ----------------------------------------------------------------------------------------------- golden
+
+
+@pytest.mark.parametrize("case", golden("binary_requests.json"), ids=lambda case: case["name"])
+def test_a_request_is_decoded(case: dict[str, Any]) -> None:
+    head = case["head"].encode()
+    call = decode_request(head + bytes.fromhex(case["raw"]), len(head))
+
+    assert call.id == case.get("id", "")
+    assert call.priority == (Priority[case["priority"]] if "priority" in case else None)
+    assert call.timeout == case.get("timeout")
+    assert call.outputs == (tuple(case["outputs"]) if "outputs" in case else None)
+    assert call.request.session_id == case.get("session")
+    assert call.binary == as_bytes(case)
+    assert list(call.request.inputs) == list(case["inputs"])
+    for name, described in case["inputs"].items():
+        assert same(as_text(call.request.inputs[name]), array_of(described))
+
+
+@pytest.mark.parametrize("case", golden("binary_replies.json"), ids=lambda case: case["name"])
+def test_a_reply_is_encoded(case: dict[str, Any]) -> None:
+    wanted = tuple(case["wanted"]) if "wanted" in case else None
+    call = InferCall(InferenceRequest({}), case.get("id", ""), outputs=wanted, binary=as_bytes(case))
+    outputs = {name: array_of(described) for name, described in case["outputs"].items()}
+
+    body, header_length = encode_reply(MODEL, "m", outputs, call)
+
+    assert header_length == len(case["head"])
+    assert (body[:header_length].decode(), body[header_length:].hex()) == (case["head"], case["raw"])
+
+
+def as_bytes(case: dict[str, Any]) -> bool | frozenset[str]:
+    """Which outputs are to come back as bytes."""
+    return True if case["binary"] is True else frozenset(case["binary"])
 
 
 # --------------------------------------------------------------------------------------------- requests

@@ -19,7 +19,7 @@ from kapsl_scheduler.server.oip_json import decode_request, encode_request
 from kapsl_scheduler.server.oip_proto import decode_call, encode_response, message_class, parsed
 from kapsl_scheduler.server.oip_raw import encode_raw
 from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority
-from tests.protocol.test_oip import array_of, golden, same
+from tests.protocol.test_oip import array_of, as_text, golden, same
 
 PROTO = Path(__file__).parents[2] / "src" / "kapsl_scheduler" / "server" / "proto"
 Request = message_class("inference.ModelInferRequest")
@@ -34,15 +34,6 @@ TYPED = {
     "BOOL": "bool_contents",
     "BYTES": "bytes_contents",
 }
-
-
-def as_text(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """BYTES come as bytes, and in JSON as text; a model may have either."""
-    if array.dtype.kind != "O":
-        return array
-    texts = np.empty(array.shape, object)
-    texts.ravel()[:] = [item.decode() if isinstance(item, bytes) else item for item in array.ravel().tolist()]
-    return texts
 
 
 def decode(data: bytes) -> InferCall:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kapsl_scheduler import BatchPolicy, QueuePolicy, Scheduler
-from kapsl_scheduler.errors import DeadlineExceeded
+from kapsl_scheduler.errors import DeadlineExceeded, InvalidInput, Unavailable
 from kapsl_scheduler.testing import FakeAsyncEngine
 from tests.runtime.helpers import numbered, start, virtual_scheduler
 from tests.runtime.virtual import virtual
@@ -73,6 +73,36 @@ async def test_a_cancelled_request_is_gone_and_nothing_changes_for_the_others(pl
     assert [answer.output[0, 0] for answer in answers] == [n for n in range(3) if n != place]
     assert (found.cancelled, found.withdrawn) == ((0, 1) if WHERE[place] == "waiting" else (1, 0))
     assert len(engine.calls) == (3 if WHERE[place] == "running" else 2)
+
+
+@pytest.mark.parametrize("place", range(3), ids=WHERE)
+@virtual
+async def test_what_was_submitted_is_taken_back_wherever_it_stands(place: int) -> None:
+    engine = slow()
+    async with crowded(engine) as scheduler:
+        submitted = []
+        for number in range(3):
+            submitted.append(scheduler.submit(numbered(number)))
+            await start()
+        scheduler.withdraw(submitted[place])
+        others = [one for one in submitted if one is not submitted[place]]
+        answers = await asyncio.gather(*(one.future for one in others))
+        scheduler.withdraw(others[0])  # which has its answer
+        found = scheduler.statistics()
+    assert [answer.output[0, 0] for answer in answers] == [n for n in range(3) if n != place]
+    assert (found.cancelled, found.withdrawn, found.succeeded) == (
+        (0, 1, 2) if WHERE[place] == "waiting" else (1, 0, 2)
+    )
+    assert len(engine.calls) == (3 if WHERE[place] == "running" else 2)
+
+
+@virtual
+async def test_what_cannot_be_submitted_is_said_at_once() -> None:
+    async with virtual_scheduler(slow()) as scheduler:
+        with pytest.raises(InvalidInput, match="timeout"):
+            scheduler.submit(numbered(0), timeout=-1.0)
+    with pytest.raises(Unavailable):
+        scheduler.submit(numbered(0))
 
 
 @virtual

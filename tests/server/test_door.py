@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import re
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,8 +17,10 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from kapsl_scheduler.errors import InferenceError
+from kapsl_scheduler.server import inference
 from kapsl_scheduler.server.door import MAX_HEAD_BYTES, Connection
-from tests.server.api import Gate, body_of, serving
+from tests.server.api import Gate, Server, body_of, double, serving
 
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
 UPGRADE = (b"connection: Upgrade, HTTP2-Settings", b"upgrade: h2c")
@@ -54,6 +58,7 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.sent = b""
         self.closed = False
+        self.lost = False
 
     def write(self, data: Any) -> None:
         self.sent += data
@@ -118,6 +123,16 @@ async def until_closed(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5.0):
         while not condition():  # noqa: ASYNC110  # nothing tells
             await asyncio.sleep(0.001)
+
+
+async def settled(connection: Connection, server: Server) -> None:
+    """Until all is answered that can be."""
+    while True:
+        figures = server.scheduler.statistics()
+        if not (connection.tasks or figures.queued or figures.running):
+            break
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)  # now the model's last answer is on its way
 
 
 def decoded(body: bytes) -> dict[str, str]:
@@ -283,8 +298,7 @@ async def test_what_a_connection_remembers_changes_no_answer(other: bytes) -> No
                     connection._known = None
                 if not wire.closed:
                     connection.data_received(piece)
-                while connection.tasks:
-                    await asyncio.gather(*connection.tasks)
+                await settled(connection, server)
             connection.connection_lost(None)
             found.append((wire.closed, re.sub(rb"date: [^\r]*", b"", wire.sent)))
     assert found[0] == found[1]
@@ -402,6 +416,129 @@ async def test_a_client_that_goes_away_takes_its_requests_back(ahead: bytes) -> 
         gate.open.set()
         stats = (await server.client.get("/v2/models/m/stats")).json()["model_stats"][0]
         assert stats["answers"] == {"499": 1}
+
+
+@asynccontextmanager
+async def wired(server: Server) -> AsyncIterator[tuple[Connection, Wire]]:
+    """A connection without a socket, whose client does in one pass of the loop what it likes."""
+    wire = Wire()
+    connection = Connection(server.api.inference, 100, config_of(server.api), ServerState(), {})
+    connection.connection_made(wire)
+    try:
+        yield connection, wire
+    finally:
+        if not wire.lost:
+            wire.lost = True
+            connection.connection_lost(None)
+        await settled(connection, server)
+
+
+@pytest.mark.parametrize("header", [(), (b"accept-encoding: gzip",)])
+async def test_a_client_that_sends_and_goes_away_at_once_leaves_nothing_behind(header: tuple[bytes, ...]) -> None:
+    async with serving() as server:
+        async with wired(server) as (connection, wire):
+            connection.data_received(infer([1, 2], *header))
+            wire.lost = True
+            connection.connection_lost(None)
+        assert server.api.inference.service.in_flight == 0
+        stats = (await server.client.get("/v2/models/m/stats")).json()["model_stats"][0]
+        assert stats["answers"] == {"499": 1}
+        assert wire.sent == b""
+
+
+async def test_a_client_that_goes_away_while_its_answer_is_made_is_not_written_to(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither the answer nor the error is anybody's any more."""
+    for function in (double, failing):
+        async with serving(function) as server:
+            async with wired(server) as (connection, wire):
+                connection.data_received(infer())
+                figures = server.scheduler.statistics
+                while not figures().succeeded + figures().failed:  # noqa: ASYNC110  # nothing tells
+                    await asyncio.sleep(0)
+                wire.lost = True
+                connection.connection_lost(None)
+            assert wire.sent == b""
+            assert server.api.inference.service.in_flight == 0
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+async def failing(x: Any) -> Any:
+    raise RuntimeError("out of paper")
+
+
+@pytest.mark.parametrize("long", [False, True])
+async def test_an_answer_waits_for_a_client_that_reads_slowly(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "LONG_ANSWER", 0 if long else 100)
+    async with serving() as server, wired(server) as (connection, wire):
+        connection.flow.pause_writing()
+        connection.data_received(infer())
+        while server.api.inference.service.figures("m").success == 0:  # noqa: ASYNC110  # nothing tells
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert wire.sent == b""
+        connection.flow.resume_writing()
+        await settled(connection, server)
+        assert values(wire.sent.partition(b"\r\n\r\n")[2]) == [2, 4]
+
+
+async def test_a_server_that_ends_cuts_short_what_waits() -> None:
+    async with serving() as server, wired(server) as (connection, wire):
+        connection.flow.pause_writing()
+        connection.data_received(infer())
+        while not connection.tasks:  # noqa: ASYNC110  # nothing tells
+            await asyncio.sleep(0)
+        for task in connection.tasks:
+            task.cancel()
+        await settled(connection, server)
+        assert (wire.closed, wire.sent) == (True, b"")
+        assert server.api.inference.service.in_flight == 0
+        assert server.api.inference.service.figures("m").fail == 0  # it was answered
+
+
+@pytest.mark.parametrize("long", [False, True])
+async def test_what_json_cannot_carry_is_an_error(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(*_: Any) -> Any:
+        raise InferenceError("no text")
+
+    monkeypatch.setattr(inference, "LONG_ANSWER", 0 if long else 100)
+    monkeypatch.setattr(inference, "encode_reply", encode)
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        writer.write(infer())
+        status, body = await answer(reader)
+        assert (status, decoded(body)["error"]) == (500, "no text")
+        assert server.api.inference.service.figures("m").fail == 1
+
+
+async def test_a_model_that_fails_is_said() -> None:
+    async with serving(failing) as server, connected(server.api) as (_, reader, writer):
+        writer.write(infer())
+        status, body = await answer(reader)
+        assert (status, decoded(body)["error"]) == (500, "RuntimeError: out of paper")
+
+
+async def test_what_is_answered_needs_no_collector_and_an_idle_connection_holds_nothing_of_it() -> None:
+    seen: list[weakref.ref[Any]] = []
+
+    async def watch(x: Any) -> Any:
+        seen.append(weakref.ref(x))
+        return x * 2
+
+    async with serving(watch) as server, wired(server) as (connection, wire):
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(50):
+                connection.data_received(infer())
+                await settled(connection, server)
+            assert [one() for one in seen] == [None] * 50
+            assert gc.collect() < 50
+        finally:
+            gc.enable()
+        assert wire.sent.count(b"HTTP/1.1 200") == 50
+        assert connection.cycle._body == []  # type: ignore[attr-defined]
 
 
 async def test_a_request_that_never_ends_holds_a_place_only_as_long_as_its_client_is_there() -> None:

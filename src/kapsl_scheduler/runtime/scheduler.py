@@ -268,6 +268,17 @@ class Scheduler:
             raise
         return response
 
+    def submit(self, request: Any, *, priority: Priority | None = None, timeout: float | None = None) -> Pending:
+        """`infer` for callers without a coroutine to await it in, on the scheduler's loop: the `future` of what comes
+        back has the answer, or the error. It is not to be cancelled; `withdraw` takes the request back. Raises
+        `InvalidInput`, `Unavailable`."""
+        return self._entrance.come_in(request, priority, timeout, None, False, None, None)
+
+    def withdraw(self, submitted: Pending) -> None:
+        """Take back what was submitted: out of the queue at once; if it runs already, its answer is dropped. What has
+        its answer is left as it is."""
+        self._abandon(submitted)
+
     async def try_infer(
         self,
         request: Any,

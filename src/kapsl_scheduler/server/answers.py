@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -61,9 +62,13 @@ class Answer(msgspec.Struct, gc=False):
 
     def head(self, more: bytes = b"") -> bytes:
         """Status line and headers, `more` of them among them (each line with its end), for HTTP/1.1."""
-        lines = "".join(f"{name}: {value}\r\n" for name, value in self.headers)
-        start = f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\ncontent-length: {len(self.body)}\r\n{lines}"
-        return start.encode("latin-1") + more + b"\r\n"
+        return _start(self.status, len(self.body), self.headers) + more + b"\r\n"
+
+
+@lru_cache(256)  # most answers of a model differ in their bodies only
+def _start(status: int, length: int, headers: tuple[tuple[str, str], ...]) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return f"HTTP/1.1 {status} {_PHRASES.get(status, '')}\r\ncontent-length: {length}\r\n{lines}".encode("latin-1")
 
 
 def status_of(error: BaseException) -> int:

@@ -30,7 +30,7 @@ from kapsl_scheduler.server.access import Caller
 from kapsl_scheduler.server.answers import Answer, error_answer, error_body
 from kapsl_scheduler.server.bodies import check_size
 from kapsl_scheduler.server.http_figures import NO_ROUTE
-from kapsl_scheduler.server.inference import Inference
+from kapsl_scheduler.server.inference import Begun, Inference, Later
 from kapsl_scheduler.server.journal import ACCESS, log_request
 
 __all__ = ["MAX_HEAD_BYTES", "Connection"]
@@ -330,12 +330,14 @@ class _Exchange:
     """
 
     __slots__ = (
+        "_begun",
         "_body",
         "_came",
         "_charged",
         "_complete",
         "_connection",
         "_entered",
+        "_made",
         "_refused",
         "_size",
         "_task",
@@ -343,7 +345,6 @@ class _Exchange:
         "head",
         "is_next",
         "keep_alive",
-        "message_event",
         "response_complete",
     )
 
@@ -356,12 +357,13 @@ class _Exchange:
         self.is_next = False
         self._entered = False
         self._charged: Caller | None = None
+        self._begun: Begun | None = None
+        self._made: Answer | None = None
         self._task: asyncio.Task[None] | None = None
         self._refused = head.refused
         self.keep_alive = head.keep_alive
         self.disconnected = False
         self.response_complete = False
-        self.message_event = self
         self._came = perf_counter()
 
     @property
@@ -411,53 +413,84 @@ class _Exchange:
                 self._begin()
 
     def _begin(self) -> None:
-        if self._task is None and not self.response_complete:
-            connection = self._connection
-            self._task = task = connection.loop.create_task(self._answer())
-            connection.tasks.add(task)
-            task.add_done_callback(connection.tasks.discard)
+        if self._begun is not None or self._task is not None or self.response_complete:
+            return
+        head = self.head
+        if self._refused is not None:
+            made: Begun | Answer | Later = head.inference.failed(
+                head.name, head.version, perf_counter_ns(), self._refused
+            )
+        else:
+            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            made = head.inference.begin(head.name, head.version, head.headers, body)
+        if isinstance(made, Begun):
+            self._begun = made
+            made.when_done(self._done)
+        else:
+            self._answer_later(made)
 
-    async def _answer(self) -> None:
+    def _done(self, future: asyncio.Future[Any]) -> None:
+        """The model has answered."""
+        if self._begun is None or self.disconnected:
+            if not future.cancelled():
+                future.exception()  # nobody will hear of it, and that is no fault
+            return
+        answer = self._begun.answer()
+        if isinstance(answer, Answer) and not self._connection.flow.write_paused:
+            self._send(answer)
+        else:
+            self._answer_later(answer)
+
+    def _answer_later(self, answer: Answer | Later) -> None:
+        """By a task, where something is to be waited for. It costs half as much as all else that the door does for a
+        request. Refusals have one too: what is left of their requests is read before they end."""
         connection = self._connection
-        try:
-            answer = await self._made()
-            if connection.flow.write_paused:
-                await connection.flow.drain()
-            if self.disconnected:
-                return
-            # Nobody will read the rest of a request; and who comes while the server drains is to find another one.
-            if not self._complete or (self.head.inference.service.draining and not connection.pipeline):
-                self.keep_alive = False
-            self.head.inference.http.inferences[answer.status] += 1
-            lines = connection.date_lines()
-            connection.transport.write(answer.head(lines if self.keep_alive else lines + _CLOSE) + answer.body)
-            head = self.head
-            if head.inference.access_log:
-                who = "" if head.caller is None else head.caller.token.name
-                log_request(ACCESS, who, "POST", f"/v2/models/{head.name}/infer", answer.status, self._came)
-        except asyncio.CancelledError:
-            if not self.disconnected:  # the server ends
-                connection.transport.close()
-        finally:
-            self._leave()
+        if isinstance(answer, Answer):
+            self._made = answer
+        self._task = task = connection.loop.create_task(self._wait(answer))
+        connection.tasks.add(task)
+        task.add_done_callback(self._waited)
+
+    async def _wait(self, answer: Answer | Later) -> None:
+        self._made = answer if isinstance(answer, Answer) else await answer()
+        if self._connection.flow.write_paused:
+            await self._connection.flow.drain()
+
+    def _waited(self, task: asyncio.Task[None]) -> None:
+        connection, head = self._connection, self.head
+        connection.tasks.discard(task)
+        if self._made is None:  # the task was cancelled, perhaps before it began
+            gone = Cancelled("the client went away before its answer was ready")
+            head.inference.failed(head.name, head.version, perf_counter_ns(), gone)
+        elif not (task.cancelled() or self.disconnected):
+            self._send(self._made)
+            return
+        self._leave()
+        if not self.disconnected:  # the server ends
+            connection.transport.close()
+
+    def _send(self, answer: Answer) -> None:
+        connection, head = self._connection, self.head
+        inference = head.inference
+        # Nobody will read the rest of a request; and who comes while the server drains is to find another one.
+        if not self._complete or (inference.service.draining and not connection.pipeline):
+            self.keep_alive = False
+        inference.http.inferences[answer.status] += 1
+        lines = connection.date_lines()
+        connection.transport.write(answer.head(lines if self.keep_alive else lines + _CLOSE) + answer.body)
+        if inference.access_log:
+            who = "" if head.caller is None else head.caller.token.name
+            log_request(ACCESS, who, "POST", f"/v2/models/{head.name}/infer", answer.status, self._came)
+        self._leave()
         self.response_complete = True
         if not self.keep_alive:
             connection.transport.close()
         connection.on_answer()
 
-    async def _made(self) -> Answer:
-        head = self.head
-        name, version, figures = head.name, head.version, head.inference.service.figures
-        if self._refused is not None:
-            figures(name, version).failed(perf_counter_ns(), self._refused)
-            return error_answer(self._refused)
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        try:
-            return await head.inference.answer(name, version, head.headers, body)
-        except asyncio.CancelledError:
-            gone = Cancelled("the client went away before its answer was ready")
-            figures(name, version).failed(perf_counter_ns(), gone)
-            raise
+    @property
+    def message_event(self) -> _Exchange:
+        """Not an attribute: an object that names itself is freed by the collector only."""
+        return self
 
     def set(self) -> None:
         """uvicorn's word that something has happened."""
@@ -467,11 +500,14 @@ class _Exchange:
         self.disconnected = True
         if self._task is not None:
             self._task.cancel()
-        else:
-            self.response_complete = True
-            self._leave()
+        elif self._begun is not None and not self.response_complete:
+            self._begun.withdraw()
+        self.response_complete = True
+        self._leave()
 
     def _leave(self) -> None:
+        self._body.clear()  # an idle connection keeps its latest exchange
+        self._begun = None
         if self._charged is not None:
             self._charged.leave()
             self._charged = None

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kapsl_scheduler.errors import EngineError, InvalidInput
+from kapsl_scheduler.errors import Cancelled, EngineError, InvalidInput
+from kapsl_scheduler.runtime.registry import ServedModel, Submitted
 from kapsl_scheduler.server.access import Guard
 from kapsl_scheduler.server.answers import Answer, error_answer, response_of
 from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body
@@ -25,19 +27,23 @@ from kapsl_scheduler.server.oip import InferCall
 from kapsl_scheduler.server.oip_json import decode_request, encode_reply
 from kapsl_scheduler.server.presence import while_connected
 from kapsl_scheduler.server.service import Service
-from kapsl_scheduler.types import Array, InferenceResponse, ModelInfo
+from kapsl_scheduler.types import InferenceResponse, ModelInfo
 
 if TYPE_CHECKING:
     from kapsl_scheduler.server.tracing import RequestTrace
 
-__all__ = ["Inference"]
+__all__ = ["Begun", "Inference", "Later"]
 
 logger = logging.getLogger(__name__)
+
+Later = Callable[[], Coroutine[Any, Any, Answer]]
+"""Where something is to be waited for: what makes the answer. Every error but a cancellation is an answer too."""
 
 LONG_ANSWER: Final = 32 << 10
 """Values of an answer whose JSON takes more than a few milliseconds."""
 
-_HEADER_LENGTH: Final = b"inference-header-content-length"
+_HEADER_LENGTH_NAME: Final = "inference-header-content-length"
+_HEADER_LENGTH: Final = _HEADER_LENGTH_NAME.encode()
 _TIMING: Final = b"kapsl-timing"
 """The header of a request that asks how its answer came about."""
 
@@ -60,6 +66,24 @@ class Inference:
         self.guard = guard
         self.access_log = access_log
         self.http = http or HttpFigures()
+
+    def begin(self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes) -> Begun | Answer | Later:
+        """Asks a model there and then, as for most requests nothing has to be waited for first. The answer, if it was
+        not even asked; where something is to be waited for, what does it all."""
+        tracing = self.service.tracing
+        if tracing is not None and (trace := tracing.begin("POST", INFER_ROUTE, name, headers)) is not None:
+            return partial(self._traced, name, version, headers, body, trace)
+        if len(body) > LONG_BODY or b"content-encoding" in headers or b"accept-encoding" in headers:
+            return partial(self._answer, name, version, headers, body)
+        begun = perf_counter_ns()
+        try:
+            model = self.service.registry.get(name, version)
+            call = decode_request(body, _header_length(headers), model=model.info)
+            read = perf_counter_ns()
+            item = self.service.submit(model, call)
+            return Begun(self, name, version, headers, model, call, item, begun, read)
+        except Exception as error:
+            return self.failed(name, version, begun, error)
 
     def answer(
         self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes
@@ -97,7 +121,7 @@ class Inference:
             model = registry.get(name, version)  # before much is decoded for nobody
             if b"content-encoding" in headers:
                 body = await plain(body, headers[b"content-encoding"], self.max_body_bytes)
-            header_length = None if _HEADER_LENGTH not in headers else _length(headers[_HEADER_LENGTH])
+            header_length = _header_length(headers)
             if (len(body) if header_length is None else header_length) > LONG_BODY:
                 call = await asyncio.to_thread(decode_request, body, header_length, model=model.info)
                 model = registry.get(name, version)
@@ -106,22 +130,23 @@ class Inference:
             read = perf_counter_ns()
             response = await service.infer(model, call, trace)
             done = perf_counter_ns()
-            answer = await _written(model.info, name, response.outputs, call)
-            if _TIMING in headers:
-                answer.headers += _timing(response)
+            long = _is_long(response, call)
+            answer = await beside_the_loop(long, _encoded, model.info, name, response, call, headers)
             if b"accept-encoding" in headers:
                 answer = await compressed(answer, headers[b"accept-encoding"])
-        except EngineError as error:
-            answer = error_answer(error)
-            if answer.status == 500:
-                logger.error("inference on %r failed: %s: %s", name, error.code, error)
-            service.figures(name, version).failed(begun, error)
         except Exception as error:
-            logger.exception("inference on %r failed unexpectedly", name)
-            answer = error_answer(error)
-            service.figures(name, version).failed(begun, error)
-        else:
-            service.figures_of(model).succeeded(begun, read, done, response)
+            return self.failed(name, version, begun, error)
+        service.figures_of(model).succeeded(begun, read, done, response)
+        return answer
+
+    def failed(self, name: str, version: str, begun: int, error: Exception) -> Answer:
+        """The answer to a request that came at `begun` and ended in an error, which is counted."""
+        answer = error_answer(error)
+        if not isinstance(error, EngineError):
+            logger.error("inference on %r failed unexpectedly", name, exc_info=error)
+        elif answer.status == 500:
+            logger.error("inference on %r failed: %s: %s", name, error.code, error)
+        self.service.figures(name, version).failed(begun, error)
         return answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,12 +173,80 @@ class Inference:
         return response_of(error_answer(error))
 
 
-def _length(text: bytes) -> int:
+class Begun:
+    """A request that its model has been asked, and what is needed for its answer. `begun` and `read` are moments of
+    `time.perf_counter_ns`: when it came, when it was read."""
+
+    __slots__ = ("_begun", "_call", "_headers", "_inference", "_item", "_model", "_name", "_read", "_version")
+
+    def __init__(
+        self,
+        inference: Inference,
+        name: str,
+        version: str,
+        headers: Mapping[bytes, bytes],
+        model: ServedModel,
+        call: InferCall,
+        item: Submitted,
+        begun: int,
+        read: int,
+    ) -> None:
+        self._inference = inference
+        self._name = name
+        self._version = version
+        self._headers = headers
+        self._model = model
+        self._call = call
+        self._item = item
+        self._begun = begun
+        self._read = read
+
+    def when_done(self, then: Callable[[Any], None]) -> None:
+        """`then` is called when there is something to `answer`."""
+        self._item.future.add_done_callback(then)
+
+    def answer(self) -> Answer | Later:
+        """What to answer. An error is an answer too."""
+        try:
+            response: InferenceResponse = self._item.future.result()
+            done = perf_counter_ns()
+            if _is_long(response, self._call):
+                return partial(self._written, response, done)
+            return self._succeeded(
+                _encoded(self._model.info, self._name, response, self._call, self._headers), response, done
+            )
+        except Exception as error:
+            return self._failed(error)
+
+    async def _written(self, response: InferenceResponse, done: int) -> Answer:
+        try:
+            answer = await asyncio.to_thread(
+                _encoded, self._model.info, self._name, response, self._call, self._headers
+            )
+        except Exception as error:
+            return self._failed(error)
+        return self._succeeded(answer, response, done)
+
+    def withdraw(self) -> None:
+        """Nobody waits for the answer any more: the request is taken back, and counted as that."""
+        self._model.scheduler.withdraw(self._item)
+        self._failed(Cancelled("the client went away before its answer was ready"))
+
+    def _succeeded(self, answer: Answer, response: InferenceResponse, done: int) -> Answer:
+        self._inference.service.figures_of(self._model).succeeded(self._begun, self._read, done, response)
+        return answer
+
+    def _failed(self, error: Exception) -> Answer:
+        return self._inference.failed(self._name, self._version, self._begun, error)
+
+
+def _header_length(headers: Mapping[bytes, bytes]) -> int | None:
+    text = headers.get(_HEADER_LENGTH)
+    if text is None:
+        return None
     if text.isdigit() and len(text) < 20:
         return int(text)
-    raise InvalidInput(
-        f"{_HEADER_LENGTH.decode()}: expected the number of bytes of JSON, got {text.decode('latin-1')!r}"
-    )
+    raise InvalidInput(f"{_HEADER_LENGTH_NAME}: expected the number of bytes of JSON, got {text.decode('latin-1')!r}")
 
 
 def _timing(response: InferenceResponse) -> tuple[tuple[str, str], ...]:
@@ -164,10 +257,17 @@ def _timing(response: InferenceResponse) -> tuple[tuple[str, str], ...]:
     )
 
 
-async def _written(info: ModelInfo, name: str, outputs: Mapping[str, Array], call: InferCall) -> Answer:
-    long = call.binary is not True and sum(array.size for array in outputs.values()) > LONG_ANSWER
-    body, header_length = await beside_the_loop(long, encode_reply, info, name, outputs, call)
-    if header_length is None:
-        return Answer(200, body)
-    headers = (("content-type", "application/octet-stream"), (_HEADER_LENGTH.decode(), str(header_length)))
-    return Answer(200, body, headers)
+def _is_long(response: InferenceResponse, call: InferCall) -> bool:
+    return call.binary is not True and sum(array.size for array in response.outputs.values()) > LONG_ANSWER
+
+
+def _encoded(
+    info: ModelInfo, name: str, response: InferenceResponse, call: InferCall, headers: Mapping[bytes, bytes]
+) -> Answer:
+    body, header_length = encode_reply(info, name, response.outputs, call)
+    answer = Answer(200, body)
+    if header_length is not None:
+        answer.headers = (("content-type", "application/octet-stream"), (_HEADER_LENGTH_NAME, str(header_length)))
+    if _TIMING in headers:
+        answer.headers += _timing(response)
+    return answer

@@ -190,6 +190,8 @@ class InferenceResponse(msgspec.Struct, gc=False):
     @property
     def outputs(self) -> dict[str, Array]:
         """Every output by its name."""
+        if len(self._names) == 1:  # as mostly, and at a sixth of the cost
+            return {self._names[0]: self._arrays[0]}
         return dict(zip(self._names, self._arrays, strict=True))
 
     @property

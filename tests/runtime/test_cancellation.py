@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kapsl_scheduler import BatchPolicy, QueuePolicy, Scheduler
-from kapsl_scheduler.errors import DeadlineExceeded, InvalidInput, Unavailable
-from kapsl_scheduler.testing import FakeAsyncEngine
+from kapsl_scheduler import BatchPolicy, InferenceResponse, QueueOverflowPolicy, QueuePolicy, Scheduler
+from kapsl_scheduler.errors import DeadlineExceeded, InferenceError, InvalidInput, Overloaded, Unavailable
+from kapsl_scheduler.testing import FakeAsyncEngine, Fault, FaultPlan
 from tests.runtime.helpers import numbered, start, virtual_scheduler
 from tests.runtime.virtual import virtual
 
@@ -80,16 +80,15 @@ async def test_a_cancelled_request_is_gone_and_nothing_changes_for_the_others(pl
 async def test_what_was_submitted_is_taken_back_wherever_it_stands(place: int) -> None:
     engine = slow()
     async with crowded(engine) as scheduler:
-        submitted = []
+        submitted, told = [], Told()
         for number in range(3):
-            submitted.append(scheduler.submit(numbered(number)))
+            submitted.append(scheduler.submit(numbered(number), told))
             await start()
-        scheduler.withdraw(submitted[place])
-        others = [one for one in submitted if one is not submitted[place]]
-        answers = await asyncio.gather(*(one.future for one in others))
-        scheduler.withdraw(others[0])  # which has its answer
+        scheduler.withdraw(submitted.pop(place))
+        await asyncio.sleep(1.0)
+        scheduler.withdraw(submitted[0])  # which has its answer
         found = scheduler.statistics()
-    assert [answer.output[0, 0] for answer in answers] == [n for n in range(3) if n != place]
+    assert told.heard == [n for n in range(3) if n != place]
     assert (found.cancelled, found.withdrawn, found.succeeded) == (
         (0, 1, 2) if WHERE[place] == "waiting" else (1, 0, 2)
     )
@@ -100,9 +99,53 @@ async def test_what_was_submitted_is_taken_back_wherever_it_stands(place: int) -
 async def test_what_cannot_be_submitted_is_said_at_once() -> None:
     async with virtual_scheduler(slow()) as scheduler:
         with pytest.raises(InvalidInput, match="timeout"):
-            scheduler.submit(numbered(0), timeout=-1.0)
+            scheduler.submit(numbered(0), Told(), timeout=-1.0)
     with pytest.raises(Unavailable):
-        scheduler.submit(numbered(0))
+        scheduler.submit(numbered(0), Told())
+
+
+@virtual
+async def test_who_submitted_is_told_of_a_refusal_an_error_and_the_end() -> None:
+    engine = FakeAsyncEngine(cost=lambda rows: 0.01, faults=FaultPlan(Fault(error=RuntimeError)))
+    told = Told()
+    refuses = QueuePolicy(max_size=1, overflow=QueueOverflowPolicy.DROP_NEWEST)
+    async with virtual_scheduler(engine, batch=BatchPolicy(max_batch_size=1), queue=refuses) as scheduler:
+        for _ in range(3):
+            scheduler.submit(numbered(0), told)
+            await start()
+        assert told.heard == [Overloaded]
+        await asyncio.sleep(0.015)
+        assert told.heard == [Overloaded, InferenceError]
+        await scheduler.close(0.0)
+    assert told.heard == [Overloaded, InferenceError, Unavailable]
+
+
+@virtual
+async def test_who_is_told_may_submit_again_and_fail_without_harm(caplog: pytest.LogCaptureFixture) -> None:
+    told, again = Told(), Told()
+    async with virtual_scheduler(slow(), batch=BatchPolicy(max_batch_size=4)) as scheduler:
+
+        def fail(*_: Any) -> None:
+            scheduler.submit(numbered(8), again)
+            raise RuntimeError("mine")
+
+        for number, then in enumerate((told, fail, told)):
+            scheduler.submit(numbered(number), then)
+        await asyncio.sleep(1.0)
+        found = scheduler.statistics()
+    assert (told.heard, again.heard) == ([0, 2], [8])
+    assert (found.succeeded, found.running) == (4, 0)
+    assert "failed on its answer" in caplog.text
+
+
+class Told:
+    """What was told to whoever submitted: the number of an answer, the class of an error."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def __call__(self, response: InferenceResponse | None, error: BaseException | None) -> None:
+        self.heard.append(type(error) if response is None else response.output[0, 0])
 
 
 @virtual

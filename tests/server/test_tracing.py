@@ -19,6 +19,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client.openmetrics import parser as openmetrics
 
 from kapsl_scheduler import CronJob, CronScheduler
+from kapsl_scheduler.server.inference import InferHead
 from kapsl_scheduler.server.tracing import Tracing
 from tests.server.api import Gate, Server, body_of, double, serving, until
 from tests.server.grpc_api import grpc_serving, request_of
@@ -221,7 +222,7 @@ async def test_who_never_reaches_the_engine_has_no_span_of_it(
 async def test_a_client_that_goes_away_ends_its_trace() -> None:
     gate, spans = Gate(), Spans()
     async with serving(gate, tracing=spans.tracing) as server:
-        call = asyncio.create_task(server.api.inference.answer("m", "", {}, body_of()))
+        call = asyncio.create_task(server.api.inference.answer(InferHead("m", "", {}), body_of()))
         await gate.entered.wait()
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)

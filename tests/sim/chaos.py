@@ -243,7 +243,9 @@ class Chaos:
         self.loop.call_soon(later.append, None)
         options = caller.options
         try:
-            if waits or "overflow" in options:
+            if caller.number % 4 == 0 and options.keys() <= {"priority", "timeout"}:
+                response = await self._submit(caller)
+            elif waits or "overflow" in options:
                 response = await self.scheduler.infer(self._request(caller), **options)
             else:
                 response = await self.scheduler.try_infer(self._request(caller), **options)
@@ -255,6 +257,27 @@ class Chaos:
             self._check_answer(caller, response)
             self._hear("succeeded")
         caller.ended = True
+
+    async def _submit(self, caller: Caller) -> InferenceResponse:
+        """By way of a callback."""
+        answer: asyncio.Future[InferenceResponse] = self.loop.create_future()
+        told: list[None] = []
+
+        def then(response: InferenceResponse | None, error: BaseException | None) -> None:
+            told.append(None)
+            if len(told) > 1 or answer.cancelled():
+                self.violations.append(f"request {caller.number} was told {len(told)} times, or after it was withdrawn")
+            elif error is not None:
+                answer.set_exception(error)
+            elif response is not None:
+                answer.set_result(response)
+
+        submitted = self.scheduler.submit(self._request(caller), then, **caller.options)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self.scheduler.withdraw(submitted)
+            raise
 
     async def _call_many(self, group: list[Caller]) -> None:
         timeout = group[0].options.get("timeout")

@@ -23,6 +23,7 @@ from kapsl_scheduler.errors import EngineError, InvalidInput, Overloaded, Unavai
 from kapsl_scheduler.ports import Clock
 from kapsl_scheduler.runtime.dispatch import Dispatch
 from kapsl_scheduler.runtime.metrics import Books
+from kapsl_scheduler.runtime.reply import Reply
 from kapsl_scheduler.types import InferenceRequest, Priority
 
 __all__ = ["Entrance", "Phase", "PriorityPolicy"]
@@ -123,8 +124,9 @@ class Entrance:
         force_cpu: bool,
         overflow: QueueOverflowPolicy | None,
         block_timeout: float | None,
+        reply: Reply | None = None,
     ) -> Pending:
-        """A request enters and goes to its dispatch. Raises what `enter` raises."""
+        """A request enters and goes to its dispatch, with a `reply` or with a future. Raises what `enter` raises."""
         plain, main = self._plain, self._main
         if (
             plain is not None
@@ -155,7 +157,7 @@ class Entrance:
                 now + (DEFAULT_HORIZON if timeout is None else timeout),
                 timeout,
                 nbytes,
-                self._new_future(),
+                self._new_future() if reply is None else reply,
                 main,
             )
             main.arrivals.append(item)
@@ -163,6 +165,8 @@ class Entrance:
                 main.turn_soon()
             return item
         item = self.enter(request, priority, timeout, session_id, force_cpu)
+        if reply is not None:
+            item.future = reply
         if overflow is not None or block_timeout is not None:
             try:
                 item.overflow, item.block_timeout = _checked(overflow, block_timeout), block_timeout

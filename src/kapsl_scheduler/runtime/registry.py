@@ -15,9 +15,10 @@ import msgspec
 
 from kapsl_scheduler.errors import ModelLoadError, ModelNotLoaded, Unavailable
 from kapsl_scheduler.ports import ReplicaScheduler
-from kapsl_scheduler.types import InferenceResponse, ModelInfo, Priority
+from kapsl_scheduler.runtime.reply import Told
+from kapsl_scheduler.types import ModelInfo, Priority
 
-__all__ = ["ModelRegistry", "ModelScheduler", "ServedModel", "Submitted"]
+__all__ = ["ModelRegistry", "ModelScheduler", "ServedModel"]
 
 Source = TypeVar("Source")
 
@@ -38,17 +39,12 @@ class _Health(Protocol):
     def engines(self) -> Sequence[_EngineHealth]: ...
 
 
-class Submitted(Protocol):
-    """A request that was submitted: its answer is that of its future, which is not to be cancelled."""
-
-    @property
-    def future(self) -> asyncio.Future[InferenceResponse]: ...
-
-
 class ModelScheduler(ReplicaScheduler, Protocol):
     """What the registry and the servers need of a scheduler beside its calls."""
 
-    def submit(self, request: Any, *, priority: Priority | None = None, timeout: float | None = None) -> Submitted: ...
+    def submit(
+        self, request: Any, then: Told, *, priority: Priority | None = None, timeout: float | None = None
+    ) -> Any: ...
     def withdraw(self, submitted: Any) -> None: ...
     def health(self) -> _Health: ...
     def statistics(self) -> Any: ...

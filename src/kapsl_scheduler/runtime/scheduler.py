@@ -31,6 +31,7 @@ from kapsl_scheduler.runtime.deadlines import Alarm, Deadlines
 from kapsl_scheduler.runtime.dispatch import Dispatch
 from kapsl_scheduler.runtime.entrance import Entrance, Phase, PriorityPolicy
 from kapsl_scheduler.runtime.metrics import EngineHealth, SchedulerHealth, SchedulerStatistics
+from kapsl_scheduler.runtime.reply import Reply, Told
 from kapsl_scheduler.runtime.settlement import Settlement, as_engine_error, report
 from kapsl_scheduler.runtime.stream import StreamChannel
 from kapsl_scheduler.runtime.worker import PROBE_FIRST
@@ -268,15 +269,20 @@ class Scheduler:
             raise
         return response
 
-    def submit(self, request: Any, *, priority: Priority | None = None, timeout: float | None = None) -> Pending:
-        """`infer` for callers without a coroutine to await it in, on the scheduler's loop: the `future` of what comes
-        back has the answer, or the error. It is not to be cancelled; `withdraw` takes the request back. Raises
-        `InvalidInput`, `Unavailable`."""
-        return self._entrance.come_in(request, priority, timeout, None, False, None, None)
+    def submit(
+        self, request: Any, then: Told, *, priority: Priority | None = None, timeout: float | None = None
+    ) -> Pending:
+        """`infer` for a caller that has no coroutine to await it in: `then` is told the answer, or the error, on the
+        loop and in the midst of the scheduler's work. It must neither block nor ask for statistics nor withdraw
+        anything, but may submit another request; what it raises is logged.
+
+        Returns what `withdraw` takes. Raises `InvalidInput`, `Unavailable`.
+        """
+        return self._entrance.come_in(request, priority, timeout, None, False, None, None, Reply(then))
 
     def withdraw(self, submitted: Pending) -> None:
-        """Take back what was submitted: out of the queue at once; if it runs already, its answer is dropped. What has
-        its answer is left as it is."""
+        """Take back what was submitted: out of the queue at once; if it runs already, its answer is dropped. Nobody is
+        told. What has its answer is left as it is."""
         self._abandon(submitted)
 
     async def try_infer(

@@ -30,7 +30,7 @@ from kapsl_scheduler.server.access import Caller
 from kapsl_scheduler.server.answers import Answer, error_answer, error_body
 from kapsl_scheduler.server.bodies import check_size
 from kapsl_scheduler.server.http_figures import NO_ROUTE
-from kapsl_scheduler.server.inference import Begun, Inference, Later
+from kapsl_scheduler.server.inference import Begun, Inference, InferHead, Later
 from kapsl_scheduler.server.journal import ACCESS, log_request
 
 __all__ = ["MAX_HEAD_BYTES", "Connection"]
@@ -92,9 +92,7 @@ class Connection(HttpToolsProtocol):
             # Nothing that the parser could say of it is new.
             self._unset_keepalive_if_required()
             self.cycle = exchange = _Exchange(self, known.head)  # type: ignore[assignment]
-            exchange.take(data[len(known.text) :])
-            exchange.complete()
-            exchange.its_turn()
+            exchange.take_all(data[len(known.text) :])
             return
         self._unfinished += len(data)
         self._unset_keepalive_if_required()
@@ -273,17 +271,16 @@ def _head_without_upgrade(method: bytes, url: bytes, version: str, headers: Iter
     return b"\r\n".join((*lines, b"", b""))
 
 
-class _Head:
-    """The head of an inference request, understood: for which model, from whom, and why it is refused, if it is."""
+class _Head(InferHead):
+    """The head of an inference request on a connection: from whom it is, and why it is refused, if it is."""
 
-    __slots__ = ("caller", "headers", "inference", "keep_alive", "name", "refused", "version")
+    __slots__ = ("caller", "inference", "keep_alive", "refused")
 
     def __init__(
         self, inference: Inference, name: bytes, version: bytes | None, headers: dict[bytes, bytes], keep_alive: bool
     ) -> None:
+        super().__init__(_text(name), "" if version is None else _text(version), headers)
         self.inference = inference
-        self.name, self.version = _text(name), "" if version is None else _text(version)
-        self.headers = headers
         self.keep_alive = keep_alive
         self.caller: Caller | None = None
         self.refused: EngineError | None = None
@@ -405,6 +402,12 @@ class _Exchange:
                 self._begin()
         return self._size
 
+    def take_all(self, body: bytes) -> None:
+        """The whole body, whose length the head has told, when it is its turn."""
+        self._body.append(body)
+        self._complete = True
+        self.its_turn()
+
     def complete(self) -> None:
         """The body is there."""
         if not self._complete:
@@ -417,25 +420,18 @@ class _Exchange:
             return
         head = self.head
         if self._refused is not None:
-            made: Begun | Answer | Later = head.inference.failed(
-                head.name, head.version, perf_counter_ns(), self._refused
-            )
+            made: Begun | Answer | Later = head.inference.failed(head, perf_counter_ns(), self._refused)
         else:
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-            made = head.inference.begin(head.name, head.version, head.headers, body)
+            made = head.inference.begin(head, body, self._told)
         if isinstance(made, Begun):
             self._begun = made
-            made.when_done(self._done)
         else:
             self._answer_later(made)
 
-    def _done(self, future: asyncio.Future[Any]) -> None:
+    def _told(self, answer: Answer | Later) -> None:
         """The model has answered."""
-        if self._begun is None or self.disconnected:
-            if not future.cancelled():
-                future.exception()  # nobody will hear of it, and that is no fault
-            return
-        answer = self._begun.answer()
+        self._begun = None
         if isinstance(answer, Answer) and not self._connection.flow.write_paused:
             self._send(answer)
         else:
@@ -461,7 +457,7 @@ class _Exchange:
         connection.tasks.discard(task)
         if self._made is None:  # the task was cancelled, perhaps before it began
             gone = Cancelled("the client went away before its answer was ready")
-            head.inference.failed(head.name, head.version, perf_counter_ns(), gone)
+            head.inference.failed(head, perf_counter_ns(), gone)
         elif not (task.cancelled() or self.disconnected):
             self._send(self._made)
             return
@@ -500,14 +496,13 @@ class _Exchange:
         self.disconnected = True
         if self._task is not None:
             self._task.cancel()
-        elif self._begun is not None and not self.response_complete:
+        elif self._begun is not None:
             self._begun.withdraw()
         self.response_complete = True
         self._leave()
 
     def _leave(self) -> None:
         self._body.clear()  # an idle connection keeps its latest exchange
-        self._begun = None
         if self._charged is not None:
             self._charged.leave()
             self._charged = None

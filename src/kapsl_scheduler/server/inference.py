@@ -14,11 +14,10 @@ from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kapsl_scheduler.errors import Cancelled, EngineError, InvalidInput
-from kapsl_scheduler.runtime.registry import ServedModel, Submitted
+from kapsl_scheduler.runtime.registry import ServedModel
 from kapsl_scheduler.server.access import Guard
 from kapsl_scheduler.server.answers import Answer, error_answer, response_of
 from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body
@@ -32,7 +31,7 @@ from kapsl_scheduler.types import InferenceResponse, ModelInfo
 if TYPE_CHECKING:
     from kapsl_scheduler.server.tracing import RequestTrace
 
-__all__ = ["Begun", "Inference", "Later"]
+__all__ = ["Begun", "InferHead", "Inference", "Later"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +45,32 @@ _HEADER_LENGTH_NAME: Final = "inference-header-content-length"
 _HEADER_LENGTH: Final = _HEADER_LENGTH_NAME.encode()
 _TIMING: Final = b"kapsl-timing"
 """The header of a request that asks how its answer came about."""
+
+
+class InferHead:
+    """What the head of a request asks for. It is read once, and asked again as often as the same head comes."""
+
+    __slots__ = ("fault", "header_length", "headers", "name", "tells_timing", "version", "waits")
+
+    def __init__(self, name: str, version: str, headers: Mapping[bytes, bytes]) -> None:
+        self.name = name
+        self.version = version
+        self.headers = headers
+        self.header_length: int | None = None  # bytes of JSON before tensors as bytes
+        self.fault: InvalidInput | None = None
+        self.waits = b"content-encoding" in headers or b"accept-encoding" in headers  # for packing
+        self.tells_timing = _TIMING in headers
+        if (text := headers.get(_HEADER_LENGTH)) is not None:
+            if text.isdigit() and len(text) < 20:
+                self.header_length = int(text)
+            else:
+                said = text.decode("latin-1")
+                self.fault = InvalidInput(f"{_HEADER_LENGTH_NAME}: expected the number of bytes of JSON, got {said!r}")
+
+    def check(self) -> None:
+        """Raises `InvalidInput`, a new one each time."""
+        if self.fault is not None:
+            raise self.fault.fresh()
 
 
 class Inference:
@@ -67,169 +92,151 @@ class Inference:
         self.access_log = access_log
         self.http = http or HttpFigures()
 
-    def begin(self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes) -> Begun | Answer | Later:
-        """Asks a model there and then, as for most requests nothing has to be waited for first. The answer, if it was
-        not even asked; where something is to be waited for, what does it all."""
-        tracing = self.service.tracing
-        if tracing is not None and (trace := tracing.begin("POST", INFER_ROUTE, name, headers)) is not None:
-            return partial(self._traced, name, version, headers, body, trace)
-        if len(body) > LONG_BODY or b"content-encoding" in headers or b"accept-encoding" in headers:
-            return partial(self._answer, name, version, headers, body)
+    def begin(self, head: InferHead, body: bytes, then: Callable[[Answer | Later], None]) -> Begun | Answer | Later:
+        """Asks a model there and then, as for most requests nothing has to be waited for first; `then` is told what to
+        answer, as `Scheduler.submit` does. The answer, if the model was not even asked; where something is to be waited
+        for, what does it all."""
+        if self.service.tracing is not None and (trace := self._trace(head)) is not None:
+            return partial(self._traced, head, body, trace)
+        if head.waits or len(body) > LONG_BODY:
+            return partial(self._answer, head, body)
         begun = perf_counter_ns()
         try:
-            model = self.service.registry.get(name, version)
-            call = decode_request(body, _header_length(headers), model=model.info)
+            model = self.service.registry.get(head.name, head.version)
+            head.check()
+            call = decode_request(body, head.header_length, model=model.info)
             read = perf_counter_ns()
-            item = self.service.submit(model, call)
-            return Begun(self, name, version, headers, model, call, item, begun, read)
+            return Begun(self, head, model, call, then, begun, read)
         except Exception as error:
-            return self.failed(name, version, begun, error)
+            return self.failed(head, begun, error)
 
-    def answer(
-        self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes
-    ) -> Coroutine[Any, Any, Answer]:
+    def answer(self, head: InferHead, body: bytes) -> Coroutine[Any, Any, Answer]:
         """What to answer a request for a model; every error but a cancellation is an answer too. Cancelling it takes
         the request back."""
-        tracing = self.service.tracing
-        if tracing is not None and (trace := tracing.begin("POST", INFER_ROUTE, name, headers)) is not None:
-            return self._traced(name, version, headers, body, trace)
-        return self._answer(name, version, headers, body)
+        trace = self._trace(head)
+        return self._answer(head, body) if trace is None else self._traced(head, body, trace)
 
-    async def _traced(
-        self, name: str, version: str, headers: Mapping[bytes, bytes], body: bytes, trace: RequestTrace
-    ) -> Answer:
+    def _trace(self, head: InferHead) -> RequestTrace | None:
+        tracing = self.service.tracing
+        return None if tracing is None else tracing.begin("POST", INFER_ROUTE, head.name, head.headers)
+
+    async def _traced(self, head: InferHead, body: bytes, trace: RequestTrace) -> Answer:
         status = 499  # if it is cancelled, as the client has gone
         try:
-            answer = await self._answer(name, version, headers, body, trace)
+            answer = await self._answer(head, body, trace)
             status = answer.status
         finally:
             trace.end(status)
         return answer
 
-    async def _answer(
-        self,
-        name: str,
-        version: str,
-        headers: Mapping[bytes, bytes],
-        body: bytes,
-        trace: RequestTrace | None = None,
-    ) -> Answer:
+    async def _answer(self, head: InferHead, body: bytes, trace: RequestTrace | None = None) -> Answer:
         begun = perf_counter_ns()
         service = self.service
         registry = service.registry
         try:
-            model = registry.get(name, version)  # before much is decoded for nobody
-            if b"content-encoding" in headers:
-                body = await plain(body, headers[b"content-encoding"], self.max_body_bytes)
-            header_length = _header_length(headers)
+            model = registry.get(head.name, head.version)  # before much is decoded for nobody
+            if b"content-encoding" in head.headers:
+                body = await plain(body, head.headers[b"content-encoding"], self.max_body_bytes)
+            head.check()
+            header_length = head.header_length
             if (len(body) if header_length is None else header_length) > LONG_BODY:
                 call = await asyncio.to_thread(decode_request, body, header_length, model=model.info)
-                model = registry.get(name, version)
+                model = registry.get(head.name, head.version)
             else:
                 call = decode_request(body, header_length, model=model.info)
             read = perf_counter_ns()
             response = await service.infer(model, call, trace)
             done = perf_counter_ns()
             long = _is_long(response, call)
-            answer = await beside_the_loop(long, _encoded, model.info, name, response, call, headers)
-            if b"accept-encoding" in headers:
-                answer = await compressed(answer, headers[b"accept-encoding"])
+            answer = await beside_the_loop(long, _encoded, model.info, head, response, call)
+            if b"accept-encoding" in head.headers:
+                answer = await compressed(answer, head.headers[b"accept-encoding"])
         except Exception as error:
-            return self.failed(name, version, begun, error)
+            return self.failed(head, begun, error)
         service.figures_of(model).succeeded(begun, read, done, response)
         return answer
 
-    def failed(self, name: str, version: str, begun: int, error: Exception) -> Answer:
+    def failed(self, head: InferHead, begun: int, error: Exception) -> Answer:
         """The answer to a request that came at `begun` and ended in an error, which is counted."""
         answer = error_answer(error)
         if not isinstance(error, EngineError):
-            logger.error("inference on %r failed unexpectedly", name, exc_info=error)
+            logger.error("inference on %r failed unexpectedly", head.name, exc_info=error)
         elif answer.status == 500:
-            logger.error("inference on %r failed: %s: %s", name, error.code, error)
-        self.service.figures(name, version).failed(begun, error)
+            logger.error("inference on %r failed: %s: %s", head.name, error.code, error)
+        self.service.figures(head.name, head.version).failed(begun, error)
         return answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The route as an ASGI application."""
-        name, version = scope["path_params"]["model"], scope["path_params"].get("version", "")
+        where = scope["path_params"]
+        head = InferHead(where["model"], where.get("version", ""), dict(scope["headers"]))
         try:
             self.service.enter()
         except EngineError as error:
-            await self._refuse(name, version, error)(scope, receive, send)
+            await response_of(self.failed(head, perf_counter_ns(), error))(scope, receive, send)
             return
         try:
             try:
                 body = await read_body(scope, receive, self.max_body_bytes)
-                work = self.answer(name, version, dict(scope["headers"]), body)
-                response = response_of(await while_connected(receive, work))
+                answer = await while_connected(receive, self.answer(head, body))
             except EngineError as error:
-                response = self._refuse(name, version, error)
-            await response(scope, receive, send)
+                answer = self.failed(head, perf_counter_ns(), error)
+            await response_of(answer)(scope, receive, send)
         finally:
             self.service.leave()
 
-    def _refuse(self, name: str, version: str, error: EngineError) -> Response:
-        self.service.figures(name, version).failed(perf_counter_ns(), error)
-        return response_of(error_answer(error))
-
 
 class Begun:
-    """A request that its model has been asked, and what is needed for its answer. `begun` and `read` are moments of
-    `time.perf_counter_ns`: when it came, when it was read."""
+    """A request that its model is asked, and what is needed for its answer, which is told to `then`. `begun` and `read`
+    are moments of `time.perf_counter_ns`: when it came, when it was read. Raises what `Service.submit` raises."""
 
-    __slots__ = ("_begun", "_call", "_headers", "_inference", "_item", "_model", "_name", "_read", "_version")
+    __slots__ = ("_begun", "_call", "_head", "_inference", "_model", "_read", "_submitted", "_then")
 
     def __init__(
         self,
         inference: Inference,
-        name: str,
-        version: str,
-        headers: Mapping[bytes, bytes],
+        head: InferHead,
         model: ServedModel,
         call: InferCall,
-        item: Submitted,
+        then: Callable[[Answer | Later], None],
         begun: int,
         read: int,
     ) -> None:
         self._inference = inference
-        self._name = name
-        self._version = version
-        self._headers = headers
+        self._head = head
         self._model = model
         self._call = call
-        self._item = item
+        self._then = then
         self._begun = begun
         self._read = read
+        self._submitted = inference.service.submit(model, call, self._told)
 
-    def when_done(self, then: Callable[[Any], None]) -> None:
-        """`then` is called when there is something to `answer`."""
-        self._item.future.add_done_callback(then)
-
-    def answer(self) -> Answer | Later:
-        """What to answer. An error is an answer too."""
+    def _told(self, response: InferenceResponse | None, error: BaseException | None) -> None:
+        if response is None:
+            assert isinstance(error, Exception)
+            self._then(self._failed(error))
+            return
+        done = perf_counter_ns()
+        answer: Answer | Later
         try:
-            response: InferenceResponse = self._item.future.result()
-            done = perf_counter_ns()
             if _is_long(response, self._call):
-                return partial(self._written, response, done)
-            return self._succeeded(
-                _encoded(self._model.info, self._name, response, self._call, self._headers), response, done
-            )
-        except Exception as error:
-            return self._failed(error)
+                answer = partial(self._written, response, done)
+            else:
+                answer = self._succeeded(_encoded(self._model.info, self._head, response, self._call), response, done)
+        except Exception as fault:
+            answer = self._failed(fault)
+        self._then(answer)
 
     async def _written(self, response: InferenceResponse, done: int) -> Answer:
         try:
-            answer = await asyncio.to_thread(
-                _encoded, self._model.info, self._name, response, self._call, self._headers
-            )
+            answer = await asyncio.to_thread(_encoded, self._model.info, self._head, response, self._call)
         except Exception as error:
             return self._failed(error)
         return self._succeeded(answer, response, done)
 
     def withdraw(self) -> None:
         """Nobody waits for the answer any more: the request is taken back, and counted as that."""
-        self._model.scheduler.withdraw(self._item)
+        self._model.scheduler.withdraw(self._submitted)
         self._failed(Cancelled("the client went away before its answer was ready"))
 
     def _succeeded(self, answer: Answer, response: InferenceResponse, done: int) -> Answer:
@@ -237,16 +244,7 @@ class Begun:
         return answer
 
     def _failed(self, error: Exception) -> Answer:
-        return self._inference.failed(self._name, self._version, self._begun, error)
-
-
-def _header_length(headers: Mapping[bytes, bytes]) -> int | None:
-    text = headers.get(_HEADER_LENGTH)
-    if text is None:
-        return None
-    if text.isdigit() and len(text) < 20:
-        return int(text)
-    raise InvalidInput(f"{_HEADER_LENGTH_NAME}: expected the number of bytes of JSON, got {text.decode('latin-1')!r}")
+        return self._inference.failed(self._head, self._begun, error)
 
 
 def _timing(response: InferenceResponse) -> tuple[tuple[str, str], ...]:
@@ -261,13 +259,11 @@ def _is_long(response: InferenceResponse, call: InferCall) -> bool:
     return call.binary is not True and sum(array.size for array in response.outputs.values()) > LONG_ANSWER
 
 
-def _encoded(
-    info: ModelInfo, name: str, response: InferenceResponse, call: InferCall, headers: Mapping[bytes, bytes]
-) -> Answer:
-    body, header_length = encode_reply(info, name, response.outputs, call)
+def _encoded(info: ModelInfo, head: InferHead, response: InferenceResponse, call: InferCall) -> Answer:
+    body, header_length = encode_reply(info, head.name, response.outputs, call)
     answer = Answer(200, body)
     if header_length is not None:
         answer.headers = (("content-type", "application/octet-stream"), (_HEADER_LENGTH_NAME, str(header_length)))
-    if _TIMING in headers:
+    if head.tells_timing:
         answer.headers += _timing(response)
     return answer

@@ -97,8 +97,8 @@ def figures_of(service: Service) -> list[ModelFigures]:
                 success=figures.success,
                 fail=figures.fail,
                 success_ns=figures.success_ns,
-                queue_ns=figures.queue_ns,
-                compute_ns=figures.compute_ns,
+                queue_ns=round(figures.queue_time * 1e9),
+                compute_ns=round(figures.compute_time * 1e9),
                 read_ns=figures.read_ns,
                 write_ns=figures.write_ns,
             )

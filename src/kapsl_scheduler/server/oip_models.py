@@ -115,9 +115,9 @@ def model_statistics(model: ServedModel, figures: Figures) -> dict[str, Any]:
         "inference_stats": {
             "success": took(success, figures.success_ns),
             "fail": took(figures.fail, figures.fail_ns),
-            "queue": took(success, figures.queue_ns),
+            "queue": took(success, round(figures.queue_time * 1e9)),
             "compute_input": took(success, figures.read_ns),
-            "compute_infer": took(success, figures.compute_ns),
+            "compute_infer": took(success, round(figures.compute_time * 1e9)),
             "compute_output": took(success, figures.write_ns),
             "cache_hit": took(0, 0),
             "cache_miss": took(0, 0),

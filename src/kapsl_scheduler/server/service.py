@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from kapsl_scheduler.errors import ModelNotLoaded, Overloaded, Unavailable
-from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel, Submitted
+from kapsl_scheduler.runtime.registry import ModelRegistry, ServedModel
+from kapsl_scheduler.runtime.reply import Told
 from kapsl_scheduler.server.answers import status_of
 from kapsl_scheduler.server.oip import InferCall, check_outputs
 from kapsl_scheduler.types import InferenceResponse
@@ -24,16 +25,16 @@ __all__ = ["Figures", "Flight", "Service"]
 
 class Figures:
     """What became of the requests for one model, over all protocols. Times are sums in nanoseconds: from the
-    request's bytes to the answer's (`success_ns`, `fail_ns`), in the queue, in the engine, and for reading and writing
-    tensors."""
+    request's bytes to the answer's (`success_ns`, `fail_ns`), and for reading and writing tensors; those in the queue
+    and in the engine are in seconds."""
 
     __slots__ = (
         "answers",
-        "compute_ns",
+        "compute_time",
         "fail",
         "fail_ns",
         "last",
-        "queue_ns",
+        "queue_time",
         "read_ns",
         "success",
         "success_ns",
@@ -43,7 +44,8 @@ class Figures:
     def __init__(self) -> None:
         self.answers: Counter[int] = Counter()  # by HTTP status, also those of other protocols
         self.success = self.success_ns = self.fail = self.fail_ns = 0
-        self.queue_ns = self.compute_ns = self.read_ns = self.write_ns = 0
+        self.read_ns = self.write_ns = 0
+        self.queue_time = self.compute_time = 0.0
         self.last = 0  # when the last inference was answered, by `time.perf_counter_ns`
 
     def succeeded(self, begun: int, read: int, done: int, response: InferenceResponse) -> None:
@@ -55,8 +57,8 @@ class Figures:
         self.success_ns += now - begun
         self.read_ns += read - begun
         self.write_ns += now - done
-        self.queue_ns += int(response.queue_time * 1e9)
-        self.compute_ns += int(response.compute_time * 1e9)
+        self.queue_time += response.queue_time
+        self.compute_time += response.compute_time
 
     def ended(self, begun: int) -> None:
         """A request was answered, whole or in pieces, of which there are no other times."""
@@ -179,9 +181,9 @@ class Service:
         asked = _asked(model, call)
         return await model.scheduler.infer(asked, priority=call.priority, timeout=call.timeout)
 
-    def submit(self, model: ServedModel, call: InferCall) -> Submitted:
-        """The same for whoever awaits nothing, and without a trace. `ModelScheduler.withdraw` takes it back."""
-        return model.scheduler.submit(_asked(model, call), priority=call.priority, timeout=call.timeout)
+    def submit(self, model: ServedModel, call: InferCall, then: Told) -> Any:
+        """The same for whoever awaits nothing, and without a trace: `Scheduler.submit`."""
+        return model.scheduler.submit(_asked(model, call), then, priority=call.priority, timeout=call.timeout)
 
     def stream(
         self, model: ServedModel, call: InferCall, trace: RequestTrace | None = None

@@ -35,7 +35,7 @@ screenshots: $(VENV)/.dev  ## pictures of the dashboard, on a desk and on a phon
 proto: $(VENV)/.dev  ## compile the messages of gRPC anew, after a change of a .proto file
 	$(BIN)/python -m grpc_tools.protoc --proto_path $(PROTO) --descriptor_set_out $(PROTO)/descriptors.binpb $(notdir $(sort $(wildcard $(PROTO)/*.proto)))
 
-clients: $(VENV)-clients/.done  ## clients that need an environment of their own, for tests/e2e/test_other_clients.py
+clients: $(VENV)-clients/.done $(VENV)-mlserver/.done  ## clients that need environments of their own, for tests/e2e/test_other_clients.py
 
 bench: $(VENV)/.bench  ## speed against the engine and against other batchers; see docs/benchmarks.md
 	$(BIN)/python -m benchmarks all --peers
@@ -44,7 +44,7 @@ soak: $(VENV)/.run  ## a server at 0.8 of its capacity for ten minutes: memory, 
 	$(BIN)/python -m benchmarks soak --check
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-mlserver .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,7 +61,7 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[onnx,server,grpc,bench]'
 	touch $@
 
-$(VENV)-clients/.done: tests/e2e/clients.txt
-	$(PYTHON) -m venv $(VENV)-clients
-	$(VENV)-clients/bin/python -m pip install --quiet --requirement tests/e2e/clients.txt
+$(VENV)-%/.done: tests/e2e/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
 	touch $@

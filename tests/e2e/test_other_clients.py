@@ -1,5 +1,6 @@
-"""Clients of the Open Inference Protocol that need an environment of their own, against the real server: KServe's, over
-REST in JSON and in bytes and over gRPC, and one that was generated from the protocol's OpenAPI description."""
+"""Clients of the Open Inference Protocol that need environments of their own, against the real server: KServe's, over
+REST in JSON and in bytes and over gRPC, one that was generated from the protocol's OpenAPI description, and the batch
+client of MLServer's command line."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from tests.e2e.process import PATIENCE
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="kserve and open-inference-openapi: `make clients` installs them"),
-]
+MLSERVER = ROOT / ".venv-mlserver" / "bin" / "mlserver"
+
+pytestmark = pytest.mark.slow
+clients = pytest.mark.skipif(
+    not PYTHON.exists(), reason="kserve and open-inference-openapi: `make clients` installs them"
+)
 
 OUTPUTS = {f"{name}_out": plain(array) for name, array in MIXED.items()}
 
@@ -40,6 +43,7 @@ async def told(kind: str, address: str) -> dict[str, Any]:
     return heard
 
 
+@clients
 @pytest.mark.parametrize("kind", ["rest", "grpc"])
 async def test_kserves_client_is_answered(kind: str) -> None:
     async with oip_serving() as server:
@@ -54,6 +58,7 @@ async def test_kserves_client_is_answered(kind: str) -> None:
     assert "model 'nope' is not loaded" in text
 
 
+@clients
 async def test_a_client_made_of_the_openapi_description_is_answered() -> None:
     async with oip_serving() as server:
         heard = await told("openapi", server.url)
@@ -64,3 +69,44 @@ async def test_a_client_made_of_the_openapi_description_is_answered() -> None:
     name, text = heard["error"]
     assert name == "ApiError"
     assert "model 'nope' is not loaded" in text
+
+
+@pytest.mark.skipif(not MLSERVER.exists(), reason="mlserver: `make clients` installs it")
+@pytest.mark.parametrize("options", [(), ("--binary-data",), ("--batch-size", "4")], ids=["one", "bytes", "four"])
+async def test_mlservers_batch_client_is_answered(options: tuple[str, ...], tmp_path: Path) -> None:
+    rows = {str(number): [number + 0.5, -number] for number in range(10)}
+    asked, answered = tmp_path / "asked.jsonl", tmp_path / "answered.jsonl"
+    asked.write_text("".join(f"{json.dumps(asking(id, row))}\n" for id, row in rows.items()), "utf-8")
+    async with oip_serving() as server:
+        process = await asyncio.create_subprocess_exec(
+            *(MLSERVER, "infer", "--url", server.http, "--model-name", "mixed", "--workers", "3", *options),
+            *("--input-data-path", asked, "--output-data-path", answered),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        async with asyncio.timeout(2 * PATIENCE):
+            said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    heard = [json.loads(line) for line in answered.read_text("utf-8").splitlines()]
+    found = {}
+    for answer in heard:
+        outputs = {output["name"]: output["data"] for output in answer["outputs"]}
+        found[list(rows)[answer["parameters"]["batch_index"]]] = outputs["x_out"]
+        assert (outputs["t_out"], outputs["b_out"]) == (["é"], [True])
+    assert found == rows
+
+
+def asking(id: str, row: list[float]) -> dict[str, Any]:
+    """A line of the batch client's input."""
+    values = {
+        "x": ("FP32", [1, 2], row),
+        "t": ("BYTES", [1], ["é"]),
+        "b": ("BOOL", [1], [True]),
+        "h": ("FP16", [1, 2], row),
+    }
+    inputs = [
+        {"name": name, "datatype": datatype, "shape": shape, "data": data}
+        for name, (datatype, shape, data) in values.items()
+    ]
+    return {"id": id, "inputs": inputs}

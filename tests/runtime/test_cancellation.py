@@ -84,7 +84,9 @@ async def test_what_was_submitted_is_taken_back_wherever_it_stands(place: int) -
         for number in range(3):
             submitted.append(scheduler.submit(numbered(number), told))
             await start()
-        scheduler.withdraw(submitted.pop(place))
+        gone = submitted.pop(place)
+        for _ in range(2):
+            scheduler.withdraw(gone)
         await asyncio.sleep(1.0)
         scheduler.withdraw(submitted[0])  # which has its answer
         found = scheduler.statistics()
@@ -127,7 +129,7 @@ async def test_who_is_told_may_submit_again_and_fail_without_harm(caplog: pytest
 
         def fail(*_: Any) -> None:
             scheduler.submit(numbered(8), again)
-            raise RuntimeError("mine")
+            raise asyncio.CancelledError
 
         for number, then in enumerate((told, fail, told)):
             scheduler.submit(numbered(number), then)
@@ -136,6 +138,28 @@ async def test_who_is_told_may_submit_again_and_fail_without_harm(caplog: pytest
     assert (told.heard, again.heard) == ([0, 2], [8])
     assert (found.succeeded, found.running) == (4, 0)
     assert "failed on its answer" in caplog.text
+
+
+@virtual
+async def test_what_those_who_are_called_back_do_is_no_time_of_their_requests() -> None:
+    """Else later ones with deadlines would be given up as if their answers came so late."""
+    worked, told = [0.0], Told()
+
+    def clock() -> float:
+        return asyncio.get_running_loop().time() + worked[0]
+
+    def work(*_: Any) -> None:
+        worked[0] += 0.5
+
+    async with Scheduler([slow()], clock=clock) as scheduler:
+        for _ in range(5):
+            scheduler.submit(numbered(0), work)
+            await asyncio.sleep(0.02)
+        figures = scheduler.statistics().classes["latency_critical"]
+        assert figures.latency_total == pytest.approx(5 * 0.01)
+        scheduler.submit(numbered(1), told, timeout=0.05)
+        await asyncio.sleep(0.02)
+    assert told.heard == [1]
 
 
 class Told:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import gzip
 import re
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +19,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from kapsl_scheduler.errors import InferenceError
-from kapsl_scheduler.server import inference
+from kapsl_scheduler.server import bodies, inference
 from kapsl_scheduler.server.door import MAX_HEAD_BYTES, Connection
 from tests.server.api import Gate, Server, body_of, serving
 
@@ -58,6 +59,7 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.sent = b""
         self.closed = False
+        self.aborted = False
         self.lost = False
 
     def write(self, data: Any) -> None:
@@ -65,6 +67,9 @@ class Wire(asyncio.Transport):
 
     def close(self) -> None:
         self.closed = True
+
+    def abort(self) -> None:
+        self.aborted = True
 
     def is_closing(self) -> bool:
         return self.closed
@@ -514,6 +519,77 @@ async def test_a_model_that_fails_is_said() -> None:
         assert (status, decoded(body)["error"]) == (500, "RuntimeError: out of paper")
 
 
+@pytest.mark.parametrize("header", [(), (b"accept-encoding: gzip",)])
+async def test_a_length_that_is_none_is_refused(header: tuple[bytes, ...]) -> None:
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        for _ in range(2):
+            writer.write(infer([1, 2], b"inference-header-content-length: x", *header))
+            status, body = await answer(reader)
+            assert status == 400
+            assert "expected the number of bytes of JSON, got 'x'" in decoded(body)["error"]
+
+
+@pytest.mark.parametrize("header", [b"", b"accept-encoding: gzip\r\n"])
+async def test_priority_and_timeout_are_the_requests_own(header: bytes) -> None:
+    gate = Gate()
+
+    def asking(**parameters: int) -> bytes:
+        body = body_of(parameters=parameters)
+        return b"POST /v2/models/m/infer HTTP/1.1\r\ncontent-length: %d\r\n%b\r\n%b" % (len(body), header, body)
+
+    async with serving(gate) as server, connected(server.api) as (_, reader, writer):
+        writer.write(asking(timeout=5_000))
+        assert (await answer(reader))[0] == 504
+        gate.open.set()
+        writer.write(asking(priority=3))
+        assert (await answer(reader))[0] == 200
+        assert server.scheduler.statistics().classes["background"].succeeded == 1
+
+
+@pytest.mark.parametrize("long", [False, True])
+async def test_a_long_body_has_a_task(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "LONG_BODY", 10 if long else 1000)
+    async with serving() as server, wired(server) as (connection, wire):
+        connection.data_received(infer())
+        assert bool(connection.tasks) == long
+        await settled(connection, server)
+        assert values(wire.sent.partition(b"\r\n\r\n")[2]) == [2, 4]
+
+
+async def test_bodies_are_unpacked_and_answers_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "WORTH_PACKING", 10)
+    packed = gzip.compress(body_of())
+    async with serving() as server, wired(server) as (connection, wire):
+        connection.data_received(
+            b"POST /v2/models/m/infer HTTP/1.1\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n%b"
+            % (len(packed), packed)
+        )
+        await settled(connection, server)
+        assert values(wire.sent.partition(b"\r\n\r\n")[2]) == [2, 4]
+        wire.sent = b""
+        connection.data_received(infer([3, 4], b"accept-encoding: gzip"))
+        await settled(connection, server)
+        head, _, body = wire.sent.partition(b"\r\n\r\n")
+        assert b"content-encoding: gzip" in head
+        assert values(gzip.decompress(body)) == [6, 8]
+
+
+async def test_a_client_has_its_time_from_the_answer_on_to_ask_again() -> None:
+    gate = Gate()
+    async with serving(gate) as server, wired(server) as (connection, wire):
+        connection.data_received(infer())
+        await gate.entered.wait()
+        connection._moved -= connection.timeout_keep_alive + 1  # the model takes its time
+        gate.open.set()
+        await settled(connection, server)
+        assert wire.sent
+        connection.close_if_stalled(1000.0)
+        assert not wire.aborted
+        connection._moved -= connection.timeout_keep_alive + 1
+        connection.close_if_stalled(1000.0)
+        assert wire.aborted
+
+
 async def test_what_is_answered_needs_no_collector_and_an_idle_connection_holds_nothing_of_it() -> None:
     seen: list[weakref.ref[Any]] = []
 
@@ -525,15 +601,16 @@ async def test_what_is_answered_needs_no_collector_and_an_idle_connection_holds_
         gc.collect()
         gc.disable()
         try:
-            for _ in range(50):
-                connection.data_received(infer())
+            for number in range(50):
+                connection.data_received(infer([1, 2], *([b"accept-encoding: gzip"] if number % 2 else [])))
                 await settled(connection, server)
             assert [one() for one in seen] == [None] * 50
             assert gc.collect() < 50
         finally:
             gc.enable()
         assert wire.sent.count(b"HTTP/1.1 200") == 50
-        assert connection.cycle._body == []  # type: ignore[attr-defined]
+        idle: Any = connection.cycle
+        assert (idle._body, idle._begun, idle._made) == ([], None, None)
 
 
 async def test_a_request_that_never_ends_holds_a_place_only_as_long_as_its_client_is_there() -> None:

@@ -315,8 +315,8 @@ class Dispatch:
             self._notified = False
             outcomes, self._outcomes = self._outcomes, []
             late, self._late = self._late, []
+        now = self.clock()  # not after those who submitted have been called back, which may take as long as it likes
         self._listener.settle(self, outcomes, late)
-        now = self.clock()
         with self.lock:
             for outcome in outcomes:
                 batch = outcome.batch

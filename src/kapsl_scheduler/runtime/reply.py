@@ -61,5 +61,7 @@ class Reply:
         self._done = True
         try:
             then(response, error)
-        except Exception:  # the others of its batch are to be told too
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # the others of its batch are to be told too, whatever this one awaited was cancelled
             logger.exception("whoever submitted a request failed on its answer")

@@ -282,8 +282,9 @@ class Scheduler:
 
     def withdraw(self, submitted: Pending) -> None:
         """Take back what was submitted: out of the queue at once; if it runs already, its answer is dropped. Nobody is
-        told. What has its answer is left as it is."""
-        self._abandon(submitted)
+        told. What has its answer, or was taken back before, is left as it is."""
+        if submitted.future is not self._entrance.nobody:
+            self._abandon(submitted)
 
     async def try_infer(
         self,

@@ -159,6 +159,7 @@ class Settlement:
         parts: Iterable[tuple[Array, ...]] = [_NONE] if stream else dispatch.layout.split(outputs, batch)
         names = () if stream else tuple(outputs)
         started, rows, members = batch.started, batch.rows, batch.members
+        now = self._clock()  # and not after those who submitted have been called back
         gone: set[int] = set()  # by identity: a search through a large batch for each member would block the loop
         for item, part in zip(members, parts, strict=True):
             item.inputs = _NONE  # whoever still holds the request need not hold them
@@ -169,7 +170,6 @@ class Settlement:
             except asyncio.InvalidStateError:
                 gone.add(id(item))
         self._deadlines.answered(members)
-        now = self._clock()
         if gone:
             members = [item for item in members if id(item) not in gone]
             books.discarded += len(gone)

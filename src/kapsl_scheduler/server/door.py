@@ -231,8 +231,8 @@ class Connection(HttpToolsProtocol):
     def on_answer(self) -> None:
         """The same when an inference is answered."""
         self.running = None
+        self._moved = self.loop.time()  # its client has been waiting; and what is next may not have been read for long
         if self.pipeline:
-            self._moved = self.loop.time()  # what is next may not have been read for a while
             self.on_response_complete()
         elif not self.transport.is_closing():
             self.server_state.total_requests += 1
@@ -460,6 +460,7 @@ class _Exchange:
             head.inference.failed(head, perf_counter_ns(), gone)
         elif not (task.cancelled() or self.disconnected):
             self._send(self._made)
+            self._made = None  # an idle connection keeps its latest exchange
             return
         self._leave()
         if not self.disconnected:  # the server ends
@@ -498,6 +499,7 @@ class _Exchange:
             self._task.cancel()
         elif self._begun is not None:
             self._begun.withdraw()
+            self._begun = None
         self.response_complete = True
         self._leave()
 

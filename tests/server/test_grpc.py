@@ -415,6 +415,15 @@ async def test_each_call_whose_message_does_not_come_is_ended_whenever_it_began(
             assert {(await failure(call)).code() for call in calls} == {Code.DEADLINE_EXCEEDED}
 
 
+async def test_the_timer_of_one_call_goes_on_for_those_that_began_later() -> None:
+    async with grpc_serving(patience=0.05) as port:
+        first = silent(port, f"/{HEALTH}/Check")
+        for _ in range(3):
+            assert await port.health() == "SERVING"  # some time passes
+        second = silent(port, f"/{HEALTH}/Check")
+        assert [(await failure(call)).code() for call in (first, second)] == [Code.DEADLINE_EXCEEDED] * 2
+
+
 async def test_a_call_that_ends_without_its_message_is_told_so() -> None:
     async with grpc_serving() as port:
         call = silent(port, f"/{SERVICE}/ModelInfer")

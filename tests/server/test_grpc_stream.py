@@ -47,6 +47,18 @@ async def test_requests_are_answered_in_their_order_each_with_its_last_answer() 
         assert port.service.figures("m").success == 20
 
 
+async def test_a_streamed_request_has_its_own_priority_and_timeout() -> None:
+    async with grpc_serving() as port:
+        streaming = await port.registry.load("s", counting)
+        asked: dict[str, Any] = {"priority": {"int64_param": 3}}
+        assert len(await answers(port.stream(), request_of((2, 0), model="s", parameters=asked))) >= 2
+        figures: Any = streaming.scheduler.statistics()
+        assert figures.classes["background"].succeeded == 1
+        asked = {"timeout": {"int64_param": 1}}
+        late = await answers(port.stream(), request_of((2, 0), model="s", parameters=asked))
+        assert "deadline" in late[-1].error_message
+
+
 async def test_an_answer_that_is_ready_early_waits_for_those_before_it() -> None:
     gate = Gate()
     order: list[float] = []

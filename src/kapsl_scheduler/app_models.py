@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -161,7 +161,8 @@ class Models:
         if self._stopping:
             raise Unavailable("the server is closing")
         try:
-            place, owners = await asyncio.to_thread(self._placed, path)
+            given = {name: tuple(paths) for name, paths in self._given.items()}  # which may change meanwhile
+            place, owners = await asyncio.to_thread(self._placed, path, given)
         except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of links
             raise InvalidInput(f"model_path: {path!r} cannot be looked at: {error}") from None
         key = str(place)
@@ -173,12 +174,12 @@ class Models:
         self._check_idle(key)
         return (await self._apart(key, None, self._add(key, id))).name
 
-    def _placed(self, path: str) -> tuple[Path, list[str]]:
-        """Where a path leads, links resolved, and which models come from there already."""
+    def _placed(self, path: str, models: Mapping[str, Iterable[str]]) -> tuple[Path, list[str]]:
+        """Where a path leads, links resolved, and which of the models with their paths come from there already."""
         place = Path(path).resolve()
         owners = [
             name
-            for name, paths in self._given.items()
+            for name, paths in models.items()
             if any(place == Path(given.removeprefix(f"{name}=")).resolve() for given in paths)
         ]
         directories = [Path(directory).expanduser().resolve() for directory in self._config.server.model_directories]

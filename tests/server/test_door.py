@@ -590,6 +590,20 @@ async def test_a_client_has_its_time_from_the_answer_on_to_ask_again() -> None:
         assert wire.aborted
 
 
+async def test_a_connection_that_is_lost_holds_no_exchange() -> None:
+    async with serving() as server, wired(server) as (connection, wire):
+        connection.flow.pause_writing()
+        connection.data_received(infer())
+        while not connection.tasks:  # noqa: ASYNC110  # nothing tells
+            await asyncio.sleep(0)
+        exchange: Any = connection.running
+        wire.lost = True
+        connection.connection_lost(None)
+        await settled(connection, server)
+        assert connection.running is None
+        assert (exchange._made, exchange._begun, exchange._body) == (None, None, [])
+
+
 async def test_what_is_answered_needs_no_collector_and_an_idle_connection_holds_nothing_of_it() -> None:
     seen: list[weakref.ref[Any]] = []
 

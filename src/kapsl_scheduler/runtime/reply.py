@@ -23,7 +23,8 @@ Told = Callable[[InferenceResponse | None, BaseException | None], None]
 
 class Reply:
     """Tells `then`, once, on the loop and in the midst of the scheduler's work: it must neither block nor ask for
-    statistics, but may submit another request. What it raises is logged. Who cancels it is not told."""
+    statistics nor withdraw anything, but may submit another request. What it raises is logged. Who cancels it is not
+    told."""
 
     __slots__ = ("_cancelled", "_done", "_then")
 

@@ -276,13 +276,15 @@ class Scheduler:
         loop and in the midst of the scheduler's work. It must neither block nor ask for statistics nor withdraw
         anything, but may submit another request; what it raises is logged.
 
-        Returns what `withdraw` takes. Raises `InvalidInput`, `Unavailable`.
+        Returns what `withdraw` takes. Raises `InvalidInput`, `Unavailable`, and `RuntimeError` on another loop.
         """
         return self._entrance.come_in(request, priority, timeout, None, False, None, None, Reply(then))
 
     def withdraw(self, submitted: Pending) -> None:
         """Take back what was submitted: out of the queue at once; if it runs already, its answer is dropped. Nobody is
-        told. What has its answer, or was taken back before, is left as it is."""
+        told. What has its answer, or was taken back before, is left as it is. Raises
+        `RuntimeError` on another loop."""
+        self._entrance.check_loop()
         if submitted.future is not self._entrance.nobody:
             self._abandon(submitted)
 

@@ -214,8 +214,9 @@ class Connection(HttpToolsProtocol):
         for cycle, _ in waiting:
             if type(cycle) is _Exchange:
                 cycle.lost()
-        if self.running is not None:
-            self.running.lost()
+        running, self.running = self.running, None
+        if running is not None:
+            running.lost()
         super().connection_lost(exc)
         # What is left of it is a ring of objects, which the collector finds late: it must not hold a head until then.
         self.url, self.headers = b"", []
@@ -455,12 +456,12 @@ class _Exchange:
     def _waited(self, task: asyncio.Task[None]) -> None:
         connection, head = self._connection, self.head
         connection.tasks.discard(task)
-        if self._made is None:  # the task was cancelled, perhaps before it began
+        made, self._made = self._made, None  # an idle connection keeps its latest exchange
+        if made is None:  # the task was cancelled, perhaps before it began
             gone = Cancelled("the client went away before its answer was ready")
-            head.inference.failed(head, perf_counter_ns(), gone)
+            head.inference.failed(head, round(self._came * 1e9), gone)
         elif not (task.cancelled() or self.disconnected):
-            self._send(self._made)
-            self._made = None  # an idle connection keeps its latest exchange
+            self._send(made)
             return
         self._leave()
         if not self.disconnected:  # the server ends

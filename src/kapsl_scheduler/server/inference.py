@@ -1,8 +1,8 @@
 """One inference over HTTP: the bytes of a request to those of its answer.
 
-Whoever has the bytes asks `Inference.answer`: the door (`server.door`), which reads them off the connection itself, or
-an ASGI server by way of `__call__`. What is not here: the form of tensors (`server.oip_json`), counting and bounds of
-what is in flight (`server.service`).
+The door (`server.door`), which reads the bytes off the connection itself, asks `Inference.begin`; an ASGI server comes
+by way of `__call__`. What is not here: the form of tensors (`server.oip_json`), counting and bounds of what is in
+flight (`server.service`).
 """
 
 from __future__ import annotations

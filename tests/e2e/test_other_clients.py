@@ -30,17 +30,19 @@ OUTPUTS = {f"{name}_out": plain(array) for name, array in MIXED.items()}
 
 async def told(kind: str, address: str) -> dict[str, Any]:
     """What a client of that kind was answered."""
+    heard: dict[str, Any] = json.loads(await run(PYTHON, ROOT / "tests" / "e2e" / "other_clients.py", kind, address))
+    return heard
+
+
+async def run(*command: str | Path) -> bytes:
+    """What it says when it has ended well."""
     process = await asyncio.create_subprocess_exec(
-        *(PYTHON, ROOT / "tests" / "e2e" / "other_clients.py", kind, address),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     async with asyncio.timeout(2 * PATIENCE):
         answer, said = await process.communicate()
     assert process.returncode == 0, said.decode()
-    heard: dict[str, Any] = json.loads(answer)
-    return heard
+    return answer
 
 
 @clients
@@ -78,16 +80,10 @@ async def test_mlservers_batch_client_is_answered(options: tuple[str, ...], tmp_
     asked, answered = tmp_path / "asked.jsonl", tmp_path / "answered.jsonl"
     asked.write_text("".join(f"{json.dumps(asking(id, row))}\n" for id, row in rows.items()), "utf-8")
     async with oip_serving() as server:
-        process = await asyncio.create_subprocess_exec(
+        await run(
             *(MLSERVER, "infer", "--url", server.http, "--model-name", "mixed", "--workers", "3", *options),
             *("--input-data-path", asked, "--output-data-path", answered),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
         )
-        async with asyncio.timeout(2 * PATIENCE):
-            said, _ = await process.communicate()
-    assert process.returncode == 0, said.decode()
     heard = [json.loads(line) for line in answered.read_text("utf-8").splitlines()]
     found = {}
     for answer in heard:

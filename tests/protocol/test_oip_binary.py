@@ -16,7 +16,7 @@ from kapsl_scheduler.errors import InvalidInput
 from kapsl_scheduler.server.oip import InferCall
 from kapsl_scheduler.server.oip_json import decode_reply, decode_request, encode_reply
 from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority, TensorSpec, numpy_dtype
-from tests.protocol.test_oip import array_of, as_text, golden, same
+from tests.protocol.test_oip import array_of, check_call, golden
 
 MODEL = ModelInfo("m", version="3", inputs=(TensorSpec("x", "float32", (None, 2)),))
 
@@ -52,15 +52,8 @@ def test_a_request_is_decoded(case: dict[str, Any]) -> None:
     head = case["head"].encode()
     call = decode_request(head + bytes.fromhex(case["raw"]), len(head))
 
-    assert call.id == case.get("id", "")
-    assert call.priority == (Priority[case["priority"]] if "priority" in case else None)
-    assert call.timeout == case.get("timeout")
-    assert call.outputs == (tuple(case["outputs"]) if "outputs" in case else None)
-    assert call.request.session_id == case.get("session")
+    check_call(call, case)
     assert call.binary == as_bytes(case)
-    assert list(call.request.inputs) == list(case["inputs"])
-    for name, described in case["inputs"].items():
-        assert same(as_text(call.request.inputs[name]), array_of(described))
 
 
 @pytest.mark.parametrize("case", golden("binary_replies.json"), ids=lambda case: case["name"])

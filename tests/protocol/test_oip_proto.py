@@ -19,7 +19,7 @@ from kapsl_scheduler.server.oip_json import decode_request, encode_request
 from kapsl_scheduler.server.oip_proto import decode_call, encode_response, message_class, parsed
 from kapsl_scheduler.server.oip_raw import encode_raw
 from kapsl_scheduler.types import InferenceRequest, ModelInfo, Priority
-from tests.protocol.test_oip import array_of, as_text, golden, same
+from tests.protocol.test_oip import array_of, as_text, check_call, golden, same
 
 PROTO = Path(__file__).parents[2] / "src" / "kapsl_scheduler" / "server" / "proto"
 Request = message_class("inference.ModelInferRequest")
@@ -47,15 +47,8 @@ def decode(data: bytes) -> InferCall:
 def test_a_message_is_decoded(case: dict[str, Any]) -> None:
     call = decode(bytes.fromhex(case["hex"]))
 
-    assert call.id == case.get("id", "")
-    assert call.priority == (Priority[case["priority"]] if "priority" in case else None)
-    assert call.timeout == case.get("timeout")
-    assert call.outputs == (tuple(case["outputs"]) if "outputs" in case else None)
-    assert call.request.session_id == case.get("session")
+    check_call(call, case)
     assert call.binary is True
-    assert list(call.request.inputs) == list(case["inputs"])
-    for name, described in case["inputs"].items():
-        assert same(as_text(call.request.inputs[name]), array_of(described))
 
 
 @pytest.mark.parametrize("case", golden("grpc_replies.json"), ids=lambda case: case["name"])

@@ -82,7 +82,7 @@ async def test_what_was_submitted_is_taken_back_wherever_it_stands(place: int) -
     async with crowded(engine) as scheduler:
         submitted, told = [], Told()
         for number in range(3):
-            submitted.append(scheduler.submit(numbered(number), told))
+            submitted.append(scheduler.infer_then(numbered(number), told))
             await start()
         gone = submitted.pop(place)
         for _ in range(2):
@@ -101,9 +101,9 @@ async def test_what_was_submitted_is_taken_back_wherever_it_stands(place: int) -
 async def test_what_cannot_be_submitted_is_said_at_once() -> None:
     async with virtual_scheduler(slow()) as scheduler:
         with pytest.raises(InvalidInput, match="timeout"):
-            scheduler.submit(numbered(0), Told(), timeout=-1.0)
+            scheduler.infer_then(numbered(0), Told(), timeout=-1.0)
     with pytest.raises(Unavailable):
-        scheduler.submit(numbered(0), Told())
+        scheduler.infer_then(numbered(0), Told())
 
 
 @virtual
@@ -113,7 +113,7 @@ async def test_who_submitted_is_told_of_a_refusal_an_error_and_the_end() -> None
     refuses = QueuePolicy(max_size=1, overflow=QueueOverflowPolicy.DROP_NEWEST)
     async with virtual_scheduler(engine, batch=BatchPolicy(max_batch_size=1), queue=refuses) as scheduler:
         for _ in range(3):
-            scheduler.submit(numbered(0), told)
+            scheduler.infer_then(numbered(0), told)
             await start()
         assert told.heard == [Overloaded]
         await asyncio.sleep(0.015)
@@ -128,11 +128,11 @@ async def test_who_is_told_may_submit_again_and_fail_without_harm(caplog: pytest
     async with virtual_scheduler(slow(), batch=BatchPolicy(max_batch_size=4)) as scheduler:
 
         def fail(*_: Any) -> None:
-            scheduler.submit(numbered(8), again)
+            scheduler.infer_then(numbered(8), again)
             raise asyncio.CancelledError
 
         for number, then in enumerate((told, fail, told)):
-            scheduler.submit(numbered(number), then)
+            scheduler.infer_then(numbered(number), then)
         await asyncio.sleep(1.0)
         found = scheduler.statistics()
     assert (told.heard, again.heard) == ([0, 2], [8])
@@ -153,11 +153,11 @@ async def test_what_those_who_are_called_back_do_is_no_time_of_their_requests() 
 
     async with Scheduler([slow()], clock=clock) as scheduler:
         for _ in range(5):
-            scheduler.submit(numbered(0), work)
+            scheduler.infer_then(numbered(0), work)
             await asyncio.sleep(0.02)
         figures = scheduler.statistics().classes["latency_critical"]
         assert figures.latency_total == pytest.approx(5 * 0.01)
-        scheduler.submit(numbered(1), told, timeout=0.05)
+        scheduler.infer_then(numbered(1), told, timeout=0.05)
         await asyncio.sleep(0.02)
     assert told.heard == [1]
 

@@ -9,7 +9,7 @@ import gc
 import gzip
 import re
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from uvicorn.server import ServerState
 from kapsl_scheduler.errors import InferenceError
 from kapsl_scheduler.server import bodies, inference
 from kapsl_scheduler.server.door import MAX_HEAD_BYTES, Connection
-from tests.server.api import Gate, Server, body_of, serving
+from tests.server.api import Gate, Server, body_of, serving, settled, until
 
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
 UPGRADE = (b"connection: Upgrade, HTTP2-Settings", b"upgrade: h2c")
@@ -123,21 +123,14 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     return int(head.split()[1]), await reader.readexactly(length)
 
 
-async def until_closed(condition: Callable[[], bool]) -> None:
-    """Until what has happened on the other side of a connection has come through."""
-    async with asyncio.timeout(5.0):
-        while not condition():  # noqa: ASYNC110  # nothing tells
-            await asyncio.sleep(0.001)
-
-
-async def settled(connection: Connection, server: Server) -> None:
+async def all_answered(connection: Connection, server: Server) -> None:
     """Until all is answered that can be."""
-    while True:
+
+    def idle() -> bool:
         figures = server.scheduler.statistics()
-        if not (connection.tasks or figures.queued or figures.running):
-            break
-        await asyncio.sleep(0)
-    await asyncio.sleep(0)  # now the model's last answer is on its way
+        return not (connection.tasks or figures.queued or figures.running)
+
+    await settled(idle)
 
 
 def decoded(body: bytes) -> dict[str, str]:
@@ -303,7 +296,7 @@ async def test_what_a_connection_remembers_changes_no_answer(other: bytes) -> No
                     connection._known = None
                 if not wire.closed:
                     connection.data_received(piece)
-                await settled(connection, server)
+                await all_answered(connection, server)
             connection.connection_lost(None)
             found.append((wire.closed, re.sub(rb"date: [^\r]*", b"", wire.sent)))
     assert found[0] == found[1]
@@ -335,12 +328,12 @@ async def test_one_connection_holds_one_place_however_much_it_sends_ahead() -> N
             writer.write(infer())
             await gate.entered.wait()
             writer.write(tiny * 100)
-            await until_closed(lambda: len(made[0].pipeline) == 100)
+            await settled(lambda: len(made[0].pipeline) == 100)
             assert (service.in_flight, made[0].flow.read_paused) == (1, True)
             gate.open.set()
             assert (await answer(reader))[0] == 200
             assert [(await answer(reader))[0] for _ in range(80)] == [400] * 80
-            await until_closed(lambda: not made[0].pipeline)
+            await settled(lambda: not made[0].pipeline)
             assert not made[0].flow.read_paused
         assert service.in_flight == 0
 
@@ -355,7 +348,7 @@ async def test_a_long_body_that_is_sent_ahead_is_read_when_it_is_its_turn() -> N
         writer.write(infer())
         await gate.entered.wait()
         writer.write(long)
-        await until_closed(lambda: made[0].flow.read_paused)
+        await settled(lambda: made[0].flow.read_paused)
         assert made[0].cycle._size < 1 << 20
         made[0]._moved -= 1001
         made[0].close_if_stalled(1000.0)
@@ -416,29 +409,34 @@ async def test_a_client_that_goes_away_takes_its_requests_back(ahead: bytes) -> 
             writer.write(infer() + ahead)
             await gate.entered.wait()
             writer.close()
-            await until_closed(lambda: server.scheduler.statistics().cancelled == 1)
-            await until_closed(lambda: server.api.inference.service.in_flight == 0)
+            await settled(lambda: server.scheduler.statistics().cancelled == 1)
+            await settled(lambda: server.api.inference.service.in_flight == 0)
         gate.open.set()
         stats = (await server.client.get("/v2/models/m/stats")).json()["model_stats"][0]
         assert stats["answers"] == {"499": 1}
 
 
 @asynccontextmanager
-async def wired(server: Server) -> AsyncIterator[tuple[Connection, Wire]]:
-    """A connection without a socket, whose client does in one pass of the loop what it likes."""
+async def wired(server: Server, *, unread: bool = False) -> AsyncIterator[tuple[Connection, Wire]]:
+    """A connection without a socket, whose client does in one pass of the loop what it likes; or, `unread`, has asked
+    and does not read, and its answer is there."""
     wire = Wire()
     connection = Connection(server.api.inference, 100, config_of(server.api), ServerState(), {})
     connection.connection_made(wire)
+    if unread:
+        connection.flow.pause_writing()
+        connection.data_received(infer())
+        await settled(lambda: server.api.inference.service.figures("m").success == 1)
     try:
         yield connection, wire
     finally:
         if not wire.lost:
             wire.lost = True
             connection.connection_lost(None)
-        await settled(connection, server)
+        await all_answered(connection, server)
 
 
-@pytest.mark.parametrize("header", [(), (b"accept-encoding: gzip",)])
+@pytest.mark.parametrize("header", [(), (b"content-encoding: gzip",)])
 async def test_a_client_that_sends_and_goes_away_at_once_leaves_nothing_behind(header: tuple[bytes, ...]) -> None:
     async with serving() as server:
         async with wired(server) as (connection, wire):
@@ -456,8 +454,7 @@ async def test_a_client_that_goes_away_while_its_answer_is_written_gets_none(mon
     async with serving() as server:
         async with wired(server) as (connection, wire):
             connection.data_received(infer())
-            while not connection.tasks:  # noqa: ASYNC110  # nothing tells
-                await asyncio.sleep(0)
+            await until(lambda: bool(connection.tasks))
             wire.lost = True
             connection.connection_lost(None)
         assert wire.sent == b""
@@ -472,27 +469,18 @@ async def failing(x: Any) -> Any:
 @pytest.mark.parametrize("long", [False, True])
 async def test_an_answer_waits_for_a_client_that_reads_slowly(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "LONG_ANSWER", 0 if long else 100)
-    async with serving() as server, wired(server) as (connection, wire):
-        connection.flow.pause_writing()
-        connection.data_received(infer())
-        while server.api.inference.service.figures("m").success == 0:  # noqa: ASYNC110  # nothing tells
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)
+    async with serving() as server, wired(server, unread=True) as (connection, wire):
         assert wire.sent == b""
         connection.flow.resume_writing()
-        await settled(connection, server)
+        await all_answered(connection, server)
         assert values(wire.sent.partition(b"\r\n\r\n")[2]) == [2, 4]
 
 
 async def test_a_server_that_ends_cuts_short_what_waits() -> None:
-    async with serving() as server, wired(server) as (connection, wire):
-        connection.flow.pause_writing()
-        connection.data_received(infer())
-        while not connection.tasks:  # noqa: ASYNC110  # nothing tells
-            await asyncio.sleep(0)
+    async with serving() as server, wired(server, unread=True) as (connection, wire):
         for task in connection.tasks:
             task.cancel()
-        await settled(connection, server)
+        await all_answered(connection, server)
         assert (wire.closed, wire.sent) == (True, b"")
         assert server.api.inference.service.in_flight == 0
         assert server.api.inference.service.figures("m").fail == 0  # it was answered
@@ -519,7 +507,7 @@ async def test_a_model_that_fails_is_said() -> None:
         assert (status, decoded(body)["error"]) == (500, "RuntimeError: out of paper")
 
 
-@pytest.mark.parametrize("header", [(), (b"accept-encoding: gzip",)])
+@pytest.mark.parametrize("header", [(), (b"content-encoding: identity",)])
 async def test_a_length_that_is_none_is_refused(header: tuple[bytes, ...]) -> None:
     async with serving() as server, connected(server.api) as (_, reader, writer):
         for _ in range(2):
@@ -529,7 +517,7 @@ async def test_a_length_that_is_none_is_refused(header: tuple[bytes, ...]) -> No
             assert "expected the number of bytes of JSON, got 'x'" in decoded(body)["error"]
 
 
-@pytest.mark.parametrize("header", [b"", b"accept-encoding: gzip\r\n"])
+@pytest.mark.parametrize("header", [b"", b"content-encoding: identity\r\n"])
 async def test_priority_and_timeout_are_the_requests_own(header: bytes) -> None:
     gate = Gate()
 
@@ -552,8 +540,33 @@ async def test_a_long_body_has_a_task(long: bool, monkeypatch: pytest.MonkeyPatc
     async with serving() as server, wired(server) as (connection, wire):
         connection.data_received(infer())
         assert bool(connection.tasks) == long
-        await settled(connection, server)
+        await all_answered(connection, server)
         assert values(wire.sent.partition(b"\r\n\r\n")[2]) == [2, 4]
+
+
+async def test_an_output_that_there_is_none_of_is_refused_before_anything_is_run() -> None:
+    async with serving() as server, connected(server.api) as (_, reader, writer):
+        body = body_of(outputs=[{"name": "z"}])
+        writer.write(b"POST /v2/models/m/infer HTTP/1.1\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        assert (await answer(reader))[0] == 400
+        assert server.scheduler.statistics().offered == 0
+
+
+@pytest.mark.parametrize("worth", [10, 1000])
+async def test_an_answer_has_a_task_where_it_is_packed(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "WORTH_PACKING", worth)
+    made: list[Any] = []
+
+    class Tasks(set[Any]):
+        def add(self, task: Any) -> None:
+            super().add(task)
+            made.append(task)
+
+    async with serving() as server, wired(server) as (connection, wire):
+        connection.tasks = Tasks()
+        connection.data_received(infer([1, 2], b"accept-encoding: gzip"))
+        await all_answered(connection, server)
+        assert (b"content-encoding: gzip" in wire.sent, len(made)) == ((True, 1) if worth == 10 else (False, 0))
 
 
 async def test_bodies_are_unpacked_and_answers_packed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,11 +577,11 @@ async def test_bodies_are_unpacked_and_answers_packed(monkeypatch: pytest.Monkey
             b"POST /v2/models/m/infer HTTP/1.1\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n%b"
             % (len(packed), packed)
         )
-        await settled(connection, server)
+        await all_answered(connection, server)
         assert values(wire.sent.partition(b"\r\n\r\n")[2]) == [2, 4]
         wire.sent = b""
         connection.data_received(infer([3, 4], b"accept-encoding: gzip"))
-        await settled(connection, server)
+        await all_answered(connection, server)
         head, _, body = wire.sent.partition(b"\r\n\r\n")
         assert b"content-encoding: gzip" in head
         assert values(gzip.decompress(body)) == [6, 8]
@@ -581,7 +594,7 @@ async def test_a_client_has_its_time_from_the_answer_on_to_ask_again() -> None:
         await gate.entered.wait()
         connection._moved -= connection.timeout_keep_alive + 1  # the model takes its time
         gate.open.set()
-        await settled(connection, server)
+        await all_answered(connection, server)
         assert wire.sent
         connection.close_if_stalled(1000.0)
         assert not wire.aborted
@@ -591,15 +604,11 @@ async def test_a_client_has_its_time_from_the_answer_on_to_ask_again() -> None:
 
 
 async def test_a_connection_that_is_lost_holds_no_exchange() -> None:
-    async with serving() as server, wired(server) as (connection, wire):
-        connection.flow.pause_writing()
-        connection.data_received(infer())
-        while not connection.tasks:  # noqa: ASYNC110  # nothing tells
-            await asyncio.sleep(0)
+    async with serving() as server, wired(server, unread=True) as (connection, wire):
         exchange: Any = connection.running
         wire.lost = True
         connection.connection_lost(None)
-        await settled(connection, server)
+        await all_answered(connection, server)
         assert connection.running is None
         assert (exchange._made, exchange._begun, exchange._body) == (None, None, [])
 
@@ -616,8 +625,8 @@ async def test_what_is_answered_needs_no_collector_and_an_idle_connection_holds_
         gc.disable()
         try:
             for number in range(50):
-                connection.data_received(infer([1, 2], *([b"accept-encoding: gzip"] if number % 2 else [])))
-                await settled(connection, server)
+                connection.data_received(infer([1, 2], *([b"content-encoding: identity"] if number % 2 else [])))
+                await all_answered(connection, server)
             assert [one() for one in seen] == [None] * 50
             assert gc.collect() < 50
         finally:
@@ -632,7 +641,7 @@ async def test_a_request_that_never_ends_holds_a_place_only_as_long_as_its_clien
         service = server.api.inference.service
         async with connected(server.api) as (_, _reader, writer):
             writer.write(infer()[:-1])
-            await until_closed(lambda: service.in_flight == 1)
+            await settled(lambda: service.in_flight == 1)
         assert service.in_flight == 0
 
 
@@ -669,7 +678,7 @@ async def test_a_client_that_stalls_in_the_middle_of_a_request_is_let_go(sent: b
     made: list[Connection] = []
     async with serving() as server, connected(server.api, made=made) as (_, reader, writer):
         writer.write(sent)
-        await until_closed(lambda: bool(made) and (not sent or made[0]._moved > 0))
+        await settled(lambda: bool(made) and (not sent or made[0]._moved > 0))
         for _ in range(3):
             await asyncio.sleep(0)
         made[0].close_if_stalled(1000.0)
@@ -691,7 +700,7 @@ async def test_a_client_that_waits_is_not_let_go(behind: bytes) -> None:
         await gate.entered.wait()
         made[0]._moved = 0.0
         writer.write(behind)
-        await until_closed(lambda: not behind or made[0]._moved > 0)
+        await settled(lambda: not behind or made[0]._moved > 0)
         made[0]._moved -= 1001
         made[0].close_if_stalled(1000.0)
         gate.open.set()
@@ -717,7 +726,7 @@ async def test_a_client_that_does_not_read_is_let_go_and_one_that_reads_slowly_i
         connection.close_if_stalled(1000.0)
         before = connection.transport.get_write_buffer_size()
         await reader.readexactly(16 << 20)
-        await until_closed(lambda: connection.transport.get_write_buffer_size() < before)
+        await settled(lambda: connection.transport.get_write_buffer_size() < before)
         connection._moved -= 1001
         connection.close_if_stalled(1000.0)  # it has taken something since
         assert not connection.transport.is_closing()

@@ -33,7 +33,7 @@ from kapsl_scheduler.server import grpc_door, oip_grpc
 from kapsl_scheduler.server.access import Access, Role, made_token, role_for, tokens_of
 from kapsl_scheduler.server.answers import grpc_status_of, status_of
 from kapsl_scheduler.server.grpc_server import Certificates, GrpcServer
-from tests.server.api import Gate, double, settled
+from tests.server.api import Gate, double, settled, until
 from tests.server.grpc_api import HEALTH, SERVICE, Port, grpc_serving, request_of, trailing, values
 
 Code = grpc.StatusCode
@@ -422,6 +422,50 @@ async def test_the_timer_of_one_call_goes_on_for_those_that_began_later() -> Non
             assert await port.health() == "SERVING"  # some time passes
         second = silent(port, f"/{HEALTH}/Check")
         assert [(await failure(call)).code() for call in (first, second)] == [Code.DEADLINE_EXCEEDED] * 2
+
+
+@pytest.mark.parametrize(
+    ("happens", "heard", "cancelled"),
+    [
+        (["message"], b"asked", 0),
+        (["time"], "DeadlineExceeded", 0),
+        (["gone"], "CancelledError", 1),
+        (["time", "gone"], "CancelledError", 1),
+        (["gone", "time"], "CancelledError", 1),
+        (["message", "gone"], "CancelledError", 1),
+    ],
+)
+async def test_who_ends_the_wait_for_a_message_is_told_apart(happens: list[str], heard: Any, cancelled: int) -> None:
+    """Also where both come in one pass of the loop."""
+    messages, came = grpc_door._Messages(1000.0), asyncio.get_running_loop().create_future()
+    found: list[Any] = []
+
+    class Context:
+        async def read(self) -> Any:
+            return await came
+
+    async def call() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            found.append(await messages.one(Context()))
+        except BaseException as error:
+            found.append(type(error).__name__)
+        found.append(task.cancelling())
+
+    task = asyncio.create_task(call())
+    await until(lambda: messages.awaited == 1)
+    for what in happens:
+        if what == "message":
+            came.set_result(b"asked")
+        elif what == "gone":
+            task.cancel()
+        else:
+            messages._until[task] = 0.0
+            messages._ring(asyncio.get_running_loop())
+    await asyncio.wait([task])
+    assert found == [heard, cancelled]
+    assert messages.awaited == 0
 
 
 async def test_a_call_that_ends_without_its_message_is_told_so() -> None:

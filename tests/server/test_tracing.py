@@ -23,6 +23,7 @@ from kapsl_scheduler.server.inference import InferHead
 from kapsl_scheduler.server.tracing import Tracing
 from tests.server.api import Gate, Server, body_of, double, serving, until
 from tests.server.grpc_api import grpc_serving, request_of
+from tests.server.test_door import all_answered, infer, wired
 from tests.server.text import Stream, serving_text
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -35,12 +36,12 @@ class Spans:
     """Where spans go, and those that came."""
 
     def __init__(self, **options: Any) -> None:
-        self._exporter = InMemorySpanExporter()
-        self.tracing = Tracing(SimpleSpanProcessor(self._exporter), version="1.2.3", **options)
+        self.exporter = InMemorySpanExporter()
+        self.tracing = Tracing(SimpleSpanProcessor(self.exporter), version="1.2.3", **options)
 
     @property
     def all(self) -> list[ReadableSpan]:
-        return list(self._exporter.get_finished_spans())
+        return list(self.exporter.get_finished_spans())
 
     def named(self, name: str) -> list[ReadableSpan]:
         return [span for span in self.all if span.name == name]
@@ -201,6 +202,9 @@ async def test_who_runs_again_after_a_failed_batch_has_a_span_for_each_call() ->
     roots = {tuple(spans.below(root)) for root in spans.named(ROUTE)}
     assert roots == {("queue", "engine call"), ("queue", "engine call", "engine call")}
     assert len(spans.named("batch")) == 4
+    for queue in spans.named("queue"):  # which ends where the first call begins
+        calls = [span.start_time for span in spans.named("engine call") if span.parent == queue.parent]
+        assert queue.end_time == min(start or 0 for start in calls)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,45 @@ async def test_a_client_that_goes_away_ends_its_trace() -> None:
     assert (root.attributes or {})["http.response.status_code"] == 499
     assert spans.below(root) == ["queue"]
     assert spans.tracing.active == {}
+
+
+@pytest.mark.parametrize("header", [(), (b"content-encoding: gzip",)])
+async def test_a_client_that_sends_and_goes_at_once_leaves_no_trace_open(header: tuple[bytes, ...]) -> None:
+    spans, begun = Spans(), 0
+
+    class Counting(SimpleSpanProcessor):
+        def on_start(self, *arguments: Any, **options: Any) -> None:
+            nonlocal begun
+            begun += 1
+
+    tracing = Tracing(Counting(spans.exporter), version="1.2.3")
+    async with serving(tracing=tracing) as server, wired(server) as (connection, wire):
+        connection.data_received(infer([1, 2], *header))
+        wire.lost = True
+        connection.connection_lost(None)
+        await all_answered(connection, server)
+    assert begun == len(spans.all)
+
+
+async def test_a_sampled_request_is_refused_what_any_other_is() -> None:
+    async with serving(tracing=Spans().tracing) as server:
+        answer = await server.infer(outputs=[{"name": "z"}])
+        assert server.scheduler.statistics().offered == 0
+    assert answer.status_code == 400
+    assert "output 'z' was asked for, expected one of 'y'" in answer.json()["error"]
+
+
+async def test_a_sampled_stream_has_its_own_priority_and_timeout() -> None:
+    async with grpc_serving(tracing=Spans().tracing) as port:
+        streaming = await port.registry.load("s", counting)
+        call = port.stream()
+        await call.write(request_of((2, 0), model="s", parameters={"priority": {"int64_param": 3}}))
+        await call.write(request_of((2, 0), model="s", parameters={"timeout": {"int64_param": 1}}))
+        await call.done_writing()
+        answers = [answer async for answer in call]
+        figures: Any = streaming.scheduler.statistics()
+    assert figures.classes["background"].succeeded == 1
+    assert [bool(answer.error_message) for answer in answers].count(True) == 1
 
 
 async def test_traced_answers_are_exemplars_of_their_buckets() -> None:

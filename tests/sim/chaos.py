@@ -272,7 +272,7 @@ class Chaos:
             elif response is not None:
                 answer.set_result(response)
 
-        submitted = self.scheduler.submit(self._request(caller), then, **caller.options)
+        submitted = self.scheduler.infer_then(self._request(caller), then, **caller.options)
         try:
             return await answer
         except asyncio.CancelledError:

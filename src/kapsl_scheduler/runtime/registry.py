@@ -42,7 +42,7 @@ class _Health(Protocol):
 class ModelScheduler(ReplicaScheduler, Protocol):
     """What the registry and the servers need of a scheduler beside its calls."""
 
-    def submit(
+    def infer_then(
         self, request: Any, then: Told, *, priority: Priority | None = None, timeout: float | None = None
     ) -> Any: ...
     def withdraw(self, submitted: Any) -> None: ...

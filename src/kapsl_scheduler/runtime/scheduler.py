@@ -269,7 +269,7 @@ class Scheduler:
             raise
         return response
 
-    def submit(
+    def infer_then(
         self, request: Any, then: Told, *, priority: Priority | None = None, timeout: float | None = None
     ) -> Pending:
         """`infer` for a caller that has no coroutine to await it in: `then` is told the answer, or the error, on the

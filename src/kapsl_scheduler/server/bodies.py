@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope
 from kapsl_scheduler.errors import Cancelled, InvalidInput, ResourceExhausted
 from kapsl_scheduler.server.answers import Answer
 
-__all__ = ["LONG_BODY", "beside_the_loop", "check_size", "compressed", "plain", "read_body"]
+__all__ = ["LONG_BODY", "beside_the_loop", "check_size", "compressed", "plain", "read_body", "worth_packing"]
 
 Result = TypeVar("Result")
 
@@ -86,9 +86,13 @@ def _unpacked(body: bytes, name: str, limit: int) -> bytes:
     return unpacked
 
 
+def worth_packing(answer: Answer) -> bool:
+    return len(answer.body) >= WORTH_PACKING
+
+
 async def compressed(answer: Answer, accepted: bytes) -> Answer:
     """The answer, packed if that is worth it and the client takes it."""
-    if len(answer.body) < WORTH_PACKING:
+    if not worth_packing(answer):
         return answer
     name = _taken(accepted.decode("latin-1"))
     if name is None:

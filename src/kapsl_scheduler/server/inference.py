@@ -20,7 +20,7 @@ from kapsl_scheduler.errors import Cancelled, EngineError, InvalidInput
 from kapsl_scheduler.runtime.registry import ServedModel
 from kapsl_scheduler.server.access import Guard
 from kapsl_scheduler.server.answers import Answer, error_answer, response_of
-from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body
+from kapsl_scheduler.server.bodies import LONG_BODY, beside_the_loop, compressed, plain, read_body, worth_packing
 from kapsl_scheduler.server.http_figures import INFER_ROUTE, HttpFigures
 from kapsl_scheduler.server.oip import InferCall
 from kapsl_scheduler.server.oip_json import decode_request, encode_reply
@@ -50,7 +50,7 @@ _TIMING: Final = b"kapsl-timing"
 class InferHead:
     """What the head of a request asks for. It is read once, and asked again as often as the same head comes."""
 
-    __slots__ = ("fault", "header_length", "headers", "name", "tells_timing", "version", "waits")
+    __slots__ = ("accepted", "fault", "header_length", "headers", "name", "packed", "tells_timing", "version")
 
     def __init__(self, name: str, version: str, headers: Mapping[bytes, bytes]) -> None:
         self.name = name
@@ -58,7 +58,8 @@ class InferHead:
         self.headers = headers
         self.header_length: int | None = None  # bytes of JSON before tensors as bytes
         self.fault: InvalidInput | None = None
-        self.waits = b"content-encoding" in headers or b"accept-encoding" in headers  # for packing
+        self.packed = b"content-encoding" in headers
+        self.accepted = headers.get(b"accept-encoding")
         self.tells_timing = _TIMING in headers
         if (text := headers.get(_HEADER_LENGTH)) is not None:
             if text.isdigit() and len(text) < 20:
@@ -94,11 +95,11 @@ class Inference:
 
     def begin(self, head: InferHead, body: bytes, then: Callable[[Answer | Later], None]) -> Begun | Answer | Later:
         """Asks a model there and then, as for most requests nothing has to be waited for first; `then` is told what to
-        answer, as `Scheduler.submit` does. The answer, if the model was not even asked; where something is to be waited
-        for, what does it all."""
-        if self.service.tracing is not None and (trace := self._trace(head)) is not None:
+        answer, in the way of `Scheduler.infer_then`. The answer, if the model was not even asked; where something is to
+        be waited for, what does it all."""
+        if self.service.tracing is not None and (trace := self._sampled(head)) is not None:
             return partial(self._traced, head, body, trace)
-        if head.waits or len(body) > LONG_BODY:
+        if head.packed or len(body) > LONG_BODY:
             return partial(self._answer, head, body)
         begun = perf_counter_ns()
         try:
@@ -113,14 +114,15 @@ class Inference:
     def answer(self, head: InferHead, body: bytes) -> Coroutine[Any, Any, Answer]:
         """What to answer a request for a model; every error but a cancellation is an answer too. Cancelling it takes
         the request back."""
-        trace = self._trace(head)
+        trace = self._sampled(head)
         return self._answer(head, body) if trace is None else self._traced(head, body, trace)
 
-    def _trace(self, head: InferHead) -> RequestTrace | None:
+    def _sampled(self, head: InferHead) -> Callable[[], RequestTrace] | None:
         tracing = self.service.tracing
-        return None if tracing is None else tracing.begin("POST", INFER_ROUTE, head.name, head.headers)
+        return None if tracing is None else tracing.sampled("POST", INFER_ROUTE, head.name, head.headers)
 
-    async def _traced(self, head: InferHead, body: bytes, trace: RequestTrace) -> Answer:
+    async def _traced(self, head: InferHead, body: bytes, begin: Callable[[], RequestTrace]) -> Answer:
+        trace = begin()  # not before: a task may be cancelled before it begins, and nobody would end it
         status = 499  # if it is cancelled, as the client has gone
         try:
             answer = await self._answer(head, body, trace)
@@ -135,7 +137,7 @@ class Inference:
         registry = service.registry
         try:
             model = registry.get(head.name, head.version)  # before much is decoded for nobody
-            if b"content-encoding" in head.headers:
+            if head.packed:
                 body = await plain(body, head.headers[b"content-encoding"], self.max_body_bytes)
             head.check()
             header_length = head.header_length
@@ -147,10 +149,7 @@ class Inference:
             read = perf_counter_ns()
             response = await service.infer(model, call, trace)
             done = perf_counter_ns()
-            long = _is_long(response, call)
-            answer = await beside_the_loop(long, _encoded, model.info, head, response, call)
-            if b"accept-encoding" in head.headers:
-                answer = await compressed(answer, head.headers[b"accept-encoding"])
+            answer = await _written(model.info, head, response, call)
         except Exception as error:
             return self.failed(head, begun, error)
         service.figures_of(model).succeeded(begun, read, done, response)
@@ -188,7 +187,7 @@ class Inference:
 
 class Begun:
     """A request that its model is asked, and what is needed for its answer, which is told to `then`. `begun` and `read`
-    are moments of `time.perf_counter_ns`: when it came, when it was read. Raises what `Service.submit` raises."""
+    are moments of `time.perf_counter_ns`: when it came, when it was read. Raises what `Service.infer_then` raises."""
 
     __slots__ = ("_begun", "_call", "_head", "_inference", "_model", "_read", "_submitted", "_then")
 
@@ -209,7 +208,7 @@ class Begun:
         self._then = then
         self._begun = begun
         self._read = read
-        self._submitted = inference.service.submit(model, call, self._told)
+        self._submitted = inference.service.infer_then(model, call, self._told)
 
     def _told(self, response: InferenceResponse | None, error: BaseException | None) -> None:
         if response is None:
@@ -219,17 +218,20 @@ class Begun:
         done = perf_counter_ns()
         answer: Answer | Later
         try:
-            if _is_long(response, self._call):
-                answer = partial(self._written, response, done)
+            written = None
+            if not _is_long(response, self._call):
+                written = _encoded(self._model.info, self._head, response, self._call)
+            if written is None or (self._head.accepted is not None and worth_packing(written)):
+                answer = partial(self._finished, response, done, written)
             else:
-                answer = self._succeeded(_encoded(self._model.info, self._head, response, self._call), response, done)
+                answer = self._succeeded(written, response, done)
         except Exception as fault:
             answer = self._failed(fault)
         self._then(answer)
 
-    async def _written(self, response: InferenceResponse, done: int) -> Answer:
+    async def _finished(self, response: InferenceResponse, done: int, written: Answer | None) -> Answer:
         try:
-            answer = await asyncio.to_thread(_encoded, self._model.info, self._head, response, self._call)
+            answer = await _written(self._model.info, self._head, response, self._call, written)
         except Exception as error:
             return self._failed(error)
         return self._succeeded(answer, response, done)
@@ -257,6 +259,15 @@ def _timing(response: InferenceResponse) -> tuple[tuple[str, str], ...]:
 
 def _is_long(response: InferenceResponse, call: InferCall) -> bool:
     return call.binary is not True and sum(array.size for array in response.outputs.values()) > LONG_ANSWER
+
+
+async def _written(
+    info: ModelInfo, head: InferHead, response: InferenceResponse, call: InferCall, answer: Answer | None = None
+) -> Answer:
+    """The answer, encoded unless it is already, and packed if the client takes that."""
+    if answer is None:
+        answer = await beside_the_loop(_is_long(response, call), _encoded, info, head, response, call)
+    return answer if head.accepted is None else await compressed(answer, head.accepted)
 
 
 def _encoded(info: ModelInfo, head: InferHead, response: InferenceResponse, call: InferCall) -> Answer:

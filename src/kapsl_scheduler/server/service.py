@@ -175,15 +175,15 @@ class Service:
     async def infer(self, model: ServedModel, call: InferCall, trace: RequestTrace | None = None) -> InferenceResponse:
         """The model's answer, told to the `trace` that was begun for the request. Raises what the scheduler raises, and
         `InvalidInput` for an output that there is none of. Cancelling it takes the request back."""
+        _check_outputs(model, call)
         if trace is not None:
-            _check_outputs(model, call)
             return await trace.through(model, call)
-        asked = _asked(model, call)
-        return await model.scheduler.infer(asked, priority=call.priority, timeout=call.timeout)
+        return await model.scheduler.infer(_asked(model, call), priority=call.priority, timeout=call.timeout)
 
-    def submit(self, model: ServedModel, call: InferCall, then: Told) -> Any:
-        """The same for whoever awaits nothing, and without a trace: `Scheduler.submit`."""
-        return model.scheduler.submit(_asked(model, call), then, priority=call.priority, timeout=call.timeout)
+    def infer_then(self, model: ServedModel, call: InferCall, then: Told) -> Any:
+        """The same for whoever awaits nothing, and without a trace: `Scheduler.infer_then`."""
+        _check_outputs(model, call)
+        return model.scheduler.infer_then(_asked(model, call), then, priority=call.priority, timeout=call.timeout)
 
     def stream(
         self, model: ServedModel, call: InferCall, trace: RequestTrace | None = None
@@ -211,7 +211,6 @@ class Service:
 
 def _asked(model: ServedModel, call: InferCall) -> Any:
     """What to ask the scheduler, by the shortest way: a lone array goes in faster than a request."""
-    _check_outputs(model, call)
     request = call.request
     inputs = request.inputs
     if len(inputs) != 1 or request.session_id is not None or request.metadata is not None:

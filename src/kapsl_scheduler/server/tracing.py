@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -110,8 +111,15 @@ class Tracing:
     def begin(self, method: str, route: str, model: str, headers: Mapping[bytes, bytes]) -> RequestTrace | None:
         """A request has come over HTTP, whose `headers` are in lower case. None if it is not sampled; else the trace is
         to be ended."""
+        begin = self.sampled(method, route, model, headers)
+        return None if begin is None else begin()
+
+    def sampled(
+        self, method: str, route: str, model: str, headers: Mapping[bytes, bytes]
+    ) -> Callable[[], RequestTrace] | None:
+        """The same for whoever may never come to answer it: what begins the trace."""
         carrier = {name: headers[key].decode("latin-1") for name, key in _CONTEXT.items() if key in headers}
-        return self._begin(f"{method} {route}", {"http.request.method": method, "http.route": route}, model, carrier)
+        return self._sampled(f"{method} {route}", {"http.request.method": method, "http.route": route}, model, carrier)
 
     def begin_rpc(
         self, service: str, method: str, model: str, metadata: Iterable[tuple[str, Any]]
@@ -119,18 +127,20 @@ class Tracing:
         """The same over gRPC."""
         carrier = {key: value for key, value in metadata if key in _CONTEXT}
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
-        return self._begin(f"{service}/{method}", attributes, model, carrier)
+        begin = self._sampled(f"{service}/{method}", attributes, model, carrier)
+        return None if begin is None else begin()
 
-    def _begin(
+    def _sampled(
         self, name: str, attributes: Mapping[str, str], model: str, carrier: Mapping[str, str]
-    ) -> RequestTrace | None:
+    ) -> Callable[[], RequestTrace] | None:
         context = Context()
         if carrier:
             context = self._propagator.extract(carrier, context)
         caller = get_current_span(context).get_span_context()
         sampled = caller.trace_flags.sampled if caller.is_valid else self._draw() < self._ratio
-        if not sampled:
-            return None
+        return partial(self._begin, name, attributes, model, context) if sampled else None
+
+    def _begin(self, name: str, attributes: Mapping[str, str], model: str, context: Context) -> RequestTrace:
         span = self.tracer.start_span(name, context, SpanKind.SERVER, {**attributes, "kapsl.model": model})
         return RequestTrace(self, span, model)
 
